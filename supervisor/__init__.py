@@ -1,0 +1,1 @@
+"""Supervisor: keeps one Python program running on exactly the code that is on disk, and proves it."""
