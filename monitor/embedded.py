@@ -90,6 +90,8 @@ class EmbeddedPostgresError(MonitorError):
     helps.
     """
 
+    label = "embedded"
+
 
 @dataclass(frozen=True)
 class _Identity:
@@ -250,7 +252,7 @@ def _binaries() -> Path:
         if (folder / "postgres").is_file() and (folder / "initdb").is_file():
             return folder
     if sys.version_info >= (3, 14):
-        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        version = ".".join(str(part) for part in sys.version_info[:2])
         raise EmbeddedPostgresError(
             f"the embedded PostgreSQL is not built for Python {version}: use Python 3.11 to 3.13, {_REMEDY}"
         )

@@ -1,4 +1,4 @@
-"""What all tests share: a real PostgreSQL, a synthetic bridge, and a summary of what this machine did not check."""
+"""What all tests share: a real PostgreSQL, a synthetic bridge, and a word on what was not checked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from monitor.demo.bridge import PROJECTS_YAML, SyntheticBridge
 from monitor.embedded import EmbeddedPostgres
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 _numbers = itertools.count(1)
@@ -61,3 +61,32 @@ def projects_file(tmp_path: Path) -> Path:
     path = tmp_path / "projects.yaml"
     path.write_text(PROJECTS_YAML, encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def not_checked(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Say in the summary what this test could not check here, although it passed."""
+
+    def say(what: str) -> None:
+        request.node.user_properties.append(("not_checked", what))
+
+    return say
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Name everything that was left out, a green run on a small machine promises no more than it saw."""
+    lines = []
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if not isinstance(report, pytest.TestReport):
+                continue
+            if report.skipped and isinstance(report.longrepr, tuple):
+                lines.append(f"{report.nodeid}: {report.longrepr[2].removeprefix('Skipped: ')}")
+            if report.when == "teardown":
+                continue
+            lines += [
+                f"{report.nodeid}: {what}" for key, what in report.user_properties if key == "not_checked"
+            ]
+    terminalreporter.section("not checked on this machine")
+    for line in sorted(set(lines)) or ["nothing was left out"]:
+        terminalreporter.write_line(line)
