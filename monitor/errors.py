@@ -1,11 +1,11 @@
 """Errors of the monitor: one base, and one class for each thing that somebody has to do something about.
 
-The rule: an error's text is one sentence that says what is wrong, where, and what to do. It never holds a password,
-because it ends up on stderr, in the log, in the status line and in a metric's label.
+The rule: an error's text is one sentence that says what is wrong, where, and what to do. It never holds a
+password, because it ends up on stderr, in the log, in the status line and in a metric's label.
 
-Whether to retry is a property of the class, not of the call site: the relay keeps trying while `retry` is true and the
-service is up, a command line ends with `exit_code`. Rejected: error codes in one big enum, which says no more than a
-class and cannot be caught by kind.
+Whether to retry is a property of the class, not of the call site: the relay keeps trying while `retry` is
+true and the service is up, a command line ends with `exit_code`. Rejected: error codes in one big enum,
+which says no more than a class and cannot be caught by kind.
 """
 
 from typing import ClassVar
@@ -14,8 +14,8 @@ from typing import ClassVar
 class MonitorError(Exception):
     """Base of everything the monitor raises on purpose; its text is meant for a person.
 
-    `label` is the value of the label `error` in `wa_monitor_store_errors_total`, `exit_code` what a command ends with,
-    and `retry` says that the cause can go away without a change of code or settings.
+    `label` is the value of the label `error` in `wa_monitor_store_errors_total`, `exit_code` what a command
+    ends with, and `retry` says that the cause can go away without a change of code or settings.
     """
 
     label: ClassVar[str] = "internal"
@@ -74,14 +74,14 @@ class StoreError(MonitorError):
 
 
 class StoreUnavailableError(StoreError):
-    """PostgreSQL does not answer, refuses the login, or broke the connection; tried again with growing pauses."""
+    """PostgreSQL does not answer, refuses the login, or broke the connection; it is tried again."""
 
     label = "store_unavailable"
     retry = True
 
 
 class StoreSchemaError(StoreError):
-    """The database answers and lacks a table, a column, a type or a right; somebody has to change the database."""
+    """The database lacks a table, a column, a type or a right; somebody has to change it."""
 
     label = "store_schema"
 

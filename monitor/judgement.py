@@ -1,0 +1,61 @@
+"""What a stored row says about its sender, judged from the row alone.
+
+The rule: this module looks at the two sender columns *after* the write and at the bridge's map, and at
+nothing else. It shares no code with `identity` on purpose. The incident that this guards against was a
+resolver that itself called a LID a phone; a check that asks the resolver again would have agreed with it. A
+fault in the one shows up as a disagreement with the other, in
+`wa_monitor_drops_stored_total{identity="lid"}` and in the audit.
+
+It only counts. Rejected: refusing to store what is judged a LID, a second guard that hides the first one's
+fault.
+"""
+
+from collections.abc import Container
+from typing import Literal, get_args
+
+Judgement = Literal["phone", "pending", "unknown", "lid"]
+JUDGEMENTS: tuple[Judgement, ...] = get_args(Judgement)
+
+# `user_name` is NOT NULL and other programs show it, so a sender without a phone needs a text that cannot be
+# taken for a number, and that this module can tell from a name typed by hand.
+PENDING_NAME = "LID pending"
+UNKNOWN_NAME = "unknown sender"
+
+_LID_SERVERS = ("lid", "hosted.lid")
+
+
+def judge(
+    submitted_by: str | None, user_name: str | None, *, lids: Container[str], phones: Container[str]
+) -> Judgement:
+    """Say what stands in a row, given the map's `lid` column and its `pn` column.
+
+    `lid` if either column holds a LID, otherwise by `submitted_by`: `phone` if the map or the numbering plan
+    knows it, `pending` or `unknown` if it is empty, `unknown` for anything else.
+    """
+    if any(_is_lid(value, lids, phones) for value in (submitted_by, user_name) if value):
+        return "lid"
+    if not submitted_by:
+        return "pending" if user_name == PENDING_NAME else "unknown"
+    user = _user_part(submitted_by)
+    return "phone" if user in phones or _is_valid_number(user) else "unknown"
+
+
+def _is_lid(value: str, lids: Container[str], phones: Container[str]) -> bool:
+    """Tell whether a column's value is a LID: an address at a LID server, or digits the map lists as one."""
+    user = _user_part(value)
+    server = value.partition("@")[2]
+    return server in _LID_SERVERS or (user in lids and user not in phones)
+
+
+def _user_part(value: str) -> str:
+    return value.strip().partition("@")[0].partition(":")[0]
+
+
+def _is_valid_number(digits: str) -> bool:
+    # Imported where it is needed, as in `identity`: the map settles nearly all of them.
+    import phonenumbers  # noqa: PLC0415
+
+    try:
+        return digits.isascii() and phonenumbers.is_valid_number(phonenumbers.parse(f"+{digits}"))
+    except phonenumbers.NumberParseException:
+        return False
