@@ -118,7 +118,7 @@ class SyntheticBridge:
         return identifier
 
     def map_lid(self, lid: str, pn: str) -> None:
-        """Learn that ``lid`` is the phone ``pn``; another LID of that phone is forgotten, as in the real map."""
+        """Learn that ``lid`` is the phone ``pn``; its earlier LID is forgotten, as in the real map."""
         with closing(_open(self.whatsapp_db)) as connection:
             connection.execute("BEGIN IMMEDIATE")
             connection.execute("DELETE FROM whatsmeow_lid_map WHERE pn = ? AND lid <> ?", (pn, lid))

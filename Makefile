@@ -1,0 +1,59 @@
+# Everything a person or a CI machine types. Needs Python >= 3.11 with venv, git and make; `make help` lists it.
+#
+# The environment is .venv, built from requirements.lock alone, every file checked against its hash. It is rebuilt
+# whole when pyproject.toml or requirements.lock changes and when an earlier build did not finish: the stamp is
+# written last. Only relative paths are used, so the checkout may lie in a path with spaces.
+
+PYTHON ?= python3
+ARGS ?=
+RUN ?= # a way to run modules under something, e.g. RUN="-m coverage run"
+
+# The caller's Python settings must not reach ours; PYTHONDONTWRITEBYTECODE would hide the bug this project is about.
+unexport PYTHONDONTWRITEBYTECODE PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV
+
+STAMP := .venv/complete
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format lock ci
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
+
+demo: $(STAMP) ## the whole product on invented messages; ARGS=--once runs a scripted tour and ends
+	@.venv/bin/wa-monitor demo $(ARGS)
+
+test: $(STAMP) ## all tests; ARGS goes to pytest, e.g. ARGS="-k embedded"
+	@.venv/bin/python $(RUN) -m pytest $(ARGS)
+
+lint: $(STAMP) ## style, format, types, import contracts, the lock
+	@.venv/bin/ruff check
+	@.venv/bin/ruff format --check
+	@.venv/bin/mypy
+	@.venv/bin/lint-imports
+	@.venv/bin/python .ci/check_lock.py
+
+format: $(STAMP) ## rewrite the sources as `make lint` wants them
+	@.venv/bin/ruff check --fix --quiet || true
+	@.venv/bin/ruff format
+
+lock: ## rewrite requirements.lock after a change of pyproject.toml; ARGS=--upgrade for new releases
+	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && \
+	$(PYTHON) -m venv "$$scratch" && \
+	"$$scratch/bin/python" -m pip install -qq --disable-pip-version-check uv && \
+	"$$scratch/bin/uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+		--no-emit-index-url --extra embedded --group test --group lint --group build pyproject.toml \
+		--output-file requirements.lock --custom-compile-command 'make lock' $(ARGS)
+
+ci: ## what CI runs
+	@bash .ci/run
+
+$(STAMP): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "wa-monitor needs Python 3.11 or newer and '$(PYTHON)' is none: use make PYTHON=/path/to/python3" >&2; \
+		exit 1; }
+	@echo "building the environment .venv (once, about a minute)"
+	@rm -rf .venv
+	@$(PYTHON) -m venv .venv
+	@.venv/bin/python -m pip install -qq --disable-pip-version-check --require-hashes -r requirements.lock
+	@.venv/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $(STAMP)
