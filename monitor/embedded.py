@@ -13,17 +13,15 @@ How the hard parts are solved:
 - *Root.* PostgreSQL refuses to run as root, so root is mapped to an ordinary user in a user namespace of the
   server's own (util-linux ``unshare``): no user is added, no owner changed. Where namespaces are forbidden,
   as in many containers, the server runs as ``nobody``, to whom the data directory is then given.
-- *Death of the owner.* A launcher of a few lines sets the parent-death signal and then becomes the server
-  (Linux; elsewhere only an orderly exit stops it). Rejected: ``preexec_fn``, unsafe beside threads; a
-  guardian process, which must be guarded in turn. The signal is tied to the *thread* that started the child,
-  hence main thread only.
+- *Death of the owner.* The kernel sends the server its stop signal (``owned``; Linux, elsewhere only an
+  orderly exit stops it).
 - *Two owners.* The lock is a ``flock`` on a descriptor that the server inherits: the kernel releases it when
   the server's last process is gone, however that came about, and never earlier.
 
 Rejected: the helper of the wheel itself (adds users, opens directory modes, its servers outlive their owner)
 and ``pg_ctl`` (detaches the server from its owner).
 
-Sources: prctl(2), flock(2), user_namespaces(7); PostgreSQL manual, "Shutting Down the Server" (SIGINT is the
+Sources: flock(2), user_namespaces(7); PostgreSQL manual, "Shutting Down the Server" (SIGINT is the
 fast shutdown); ``postmaster.pid`` line 8, as ``pg_ctl`` reads it.
 """
 
@@ -47,6 +45,7 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import quote
 
 from monitor.errors import MonitorError
+from monitor.owned import owned
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -57,30 +56,12 @@ _SOCKET_NAME: Final = ".s.PGSQL.5432"
 _SOCKET_PATH_LIMIT_BYTES: Final = 107  # unix(7): sun_path holds 108 with the closing zero
 _START_LIMIT_SECONDS: Final = 60.0  # a server that was killed replays its log first
 _STOP_LIMIT_SECONDS: Final = 20.0
-_LOCK_LIMIT_SECONDS: Final = (
-    3.0  # the server of an owner that has just died needs a moment to write its checkpoint
-)
+_LOCK_LIMIT_SECONDS: Final = 3.0  # the server of an owner that just died still writes its checkpoint
 _POLL_SECONDS: Final = 0.01
 _STATUS_LINE: Final = 7  # of postmaster.pid
 _UNPRIVILEGED_ID: Final = 1000  # any id but 0: it exists only inside the namespace
 _ENVIRONMENT: Final = {"PATH": "/usr/bin:/bin", "LC_ALL": "C"}
 _REMEDY: Final = "or set DATABASE_URL to a PostgreSQL server of your own"
-
-_LAUNCHER: Final = """\
-import ctypes, os, signal, sys
-owner, user_id, group_id, *command = sys.argv[1:]
-if user_id:
-    os.setgroups([])
-    os.setgid(int(group_id))
-    os.setuid(int(user_id))
-if sys.platform == "linux":  # after the change of user, which clears the signal
-    PR_SET_PDEATHSIG = 1
-    if ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGINT), 0, 0, 0) != 0:
-        sys.exit("FATAL: the kernel refuses a parent-death signal")
-    if os.getppid() != int(owner):
-        sys.exit("FATAL: the owner of this server is gone already")
-os.execv(command[0], command)
-"""
 
 
 class EmbeddedPostgresError(MonitorError):
@@ -98,20 +79,12 @@ class _Identity:
     """Whom the server runs as: a command to go through, or another user."""
 
     prefix: tuple[str, ...] = ()
-    user_id: int | None = None
-    group_id: int | None = None
-
-    @property
-    def arguments(self) -> tuple[str, str]:
-        """User and group as the launcher takes them, empty for no change."""
-        if self.user_id is None or self.group_id is None:
-            return "", ""
-        return str(self.user_id), str(self.group_id)
+    user_and_group: tuple[int, int] | None = None
 
     def own(self, path: Path) -> None:
         """Give ``path`` to that user, if it is another one."""
-        if self.user_id is not None and self.group_id is not None:
-            os.chown(path, self.user_id, self.group_id)
+        if self.user_and_group is not None:
+            os.chown(path, *self.user_and_group)
 
 
 class EmbeddedPostgres:
@@ -181,14 +154,11 @@ class EmbeddedPostgres:
             *(() if self._durable else ("--no-sync",)),
         ]
         done = subprocess.run(
-            command,
+            owned(command, death_signal=signal.SIGKILL, user_and_group=identity.user_and_group),
             check=False,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             env=_ENVIRONMENT,
-            user=identity.user_id,
-            group=identity.group_id,
-            extra_groups=None if identity.user_id is None else [],
         )
         if done.returncode != 0:
             raise self._failure("create its files", done.stderr)
@@ -197,7 +167,6 @@ class EmbeddedPostgres:
     def _start(self, binaries: Path, identity: _Identity, lock: int) -> None:
         self._socket_dir = _socket_directory(self._data_dir, identity)
         command = [
-            *(sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *identity.arguments),
             *identity.prefix,
             *(str(binaries / "postgres"), "-D", str(self._data_dir / "cluster"), "-k", str(self._socket_dir)),
             *("-c", "listen_addresses=", "-c", "unix_socket_permissions=0700", "-c", "timezone=UTC"),
@@ -206,7 +175,7 @@ class EmbeddedPostgres:
         ]
         with (self._data_dir / "server.log").open("wb") as log:
             self._server = subprocess.Popen(
-                command,
+                owned(command, death_signal=signal.SIGINT, user_and_group=identity.user_and_group),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -229,10 +198,9 @@ class EmbeddedPostgres:
     def _failure(self, what: str, output: bytes) -> EmbeddedPostgresError:
         lines = [line.strip() for line in output.decode(errors="replace").splitlines() if line.strip()]
         telling = [line for line in lines if "FATAL:" in line or "error:" in line] or lines[-1:]
-        reason = f": {telling[0]}" if telling else ""
+        reason = f": {telling[0]}" if telling else f"; its log is {self._data_dir / 'server.log'}"
         return EmbeddedPostgresError(
-            f"PostgreSQL in {self._data_dir} did not {what}{reason}; "
-            f"see {self._data_dir / 'server.log'}, choose another directory, {_REMEDY}"
+            f"PostgreSQL in {self._data_dir} did not {what}{reason}; choose another directory, {_REMEDY}"
         )
 
     def _stop(self) -> None:
@@ -281,7 +249,7 @@ def _identity() -> _Identity:
             "PostgreSQL refuses to run as root, and here is neither a working `unshare --user` "
             f"(package util-linux) nor a user `nobody`: run as an ordinary user, {_REMEDY}"
         ) from None
-    return _Identity(user_id=nobody.pw_uid, group_id=nobody.pw_gid)
+    return _Identity(user_and_group=(nobody.pw_uid, nobody.pw_gid))
 
 
 @contextlib.contextmanager
