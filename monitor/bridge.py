@@ -1,0 +1,280 @@
+"""The bridge's two SQLite files, strictly read-only, while the bridge writes to them.
+
+The rule: the bridge never notices us. The files are opened with `mode=ro` (nothing is created, a missing
+file is an error), each read is one short SELECT with a LIMIT, fetched whole and over before anything else
+happens: the files use a rollback journal, so a reader that lingers makes the bridge's write fail, and the
+bridge then drops the message.
+
+Order is arrival, that is the rowid: message ids are random and message times come late, in mixed zones.
+`INSERT OR REPLACE` gives an old message a new rowid, so it is read again, which the ledger makes harmless.
+Three signs say that rowids no longer mean what they meant: another file (device, inode), no row at or after
+our place, another message at our place. Then everything is read again; if only the row at our place is gone,
+it was delivered again and a window is enough.
+
+The LID map is read whole, since it is small and a snapshot without history, and only when it changed. If it
+cannot be read, that is an error (`MapUnavailableError`) and never "no mapping".
+
+Rejected: `immutable=1` (wrong answers under a writer), a copy of the file (tears without its journal),
+comparing timestamps as text (offsets differ within one column), paging by message id. Sources: sqlite.org,
+"URI Filenames", "PRAGMA data_version", "File Locking"; go-sqlite3's time format.
+"""
+
+import os
+import sqlite3
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from monitor.errors import (
+    BridgeBusyError,
+    BridgeError,
+    BridgeFormatError,
+    BridgeMissingError,
+    BridgeSchemaError,
+    MapUnavailableError,
+)
+from monitor.identity import Known, parse_jid
+from monitor.messages import Message, Place, Unreadable, digest
+
+WHATSAPP_DB = "whatsapp.db"
+LOOK_BACK_ROWS = 500
+BUSY_TIMEOUT_SECONDS = 2.0
+
+_COLUMNS = ("id", "chat_jid", "sender", "content", "timestamp", "is_from_me")
+_SELECT = f"SELECT rowid, {', '.join(_COLUMNS)} FROM messages"  # noqa: S608 -- constants of this module
+_LOCKED = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
+_DAMAGED = {sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT}
+_PRIMARY_CODE_MASK = 0xFF  # an extended result code holds its primary one in the low byte
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """What one read found after a place."""
+
+    rows: Sequence[Message | Unreadable]
+    end: Place
+    """The place after the last of `rows`; the place that was asked for if there are none."""
+    rescan_from: int | None = None
+    """Set when rowids mean something else now: read again from after this rowid. `rows` is empty then."""
+
+
+class Bridge:
+    """Reader of one bridge; opens its files when they are first needed and again when they were replaced.
+
+    Every method raises `BridgeError` or a subclass; all of them may be tried again.
+    """
+
+    def __init__(self, messages_db: Path) -> None:
+        self._messages = _ReadOnlyFile(messages_db, {"messages": _COLUMNS})
+        self._map = _ReadOnlyFile(
+            messages_db.with_name(WHATSAPP_DB),
+            {"whatsmeow_lid_map": ("lid", "pn"), "whatsmeow_device": ("jid", "lid")},
+        )
+        self._map_version: tuple[str, int] | None = None
+        self._known = Known()
+
+    def read_after(self, place: Place, limit: int) -> Page:
+        """Return at most `limit` rows that arrived after `place`, or say from where to read again."""
+        file = self._messages.refresh()
+        here = replace(place, file=file)
+        if place.file not in {"", file}:
+            return Page((), here, rescan_from=0)
+        if not place.key:
+            return _page(self._select("WHERE rowid > ? ORDER BY rowid LIMIT ?", place.rowid, limit), here)
+        # The row at the place itself comes along: it proves that the place is what it was.
+        rows = self._select("WHERE rowid >= ? ORDER BY rowid LIMIT ?", place.rowid, limit + 1)
+        if not rows:
+            return Page((), here, rescan_from=0)
+        if rows[0].rowid != place.rowid:
+            return Page((), here, rescan_from=max(0, place.rowid - LOOK_BACK_ROWS))
+        if (rows[0].key, rows[0].chat_jid) != (place.key, place.chat_jid):
+            return Page((), here, rescan_from=0)
+        return _page(rows[1:], here)
+
+    def end(self) -> Place:
+        """Return the place after the newest row."""
+        file = self._messages.refresh()
+        return _page(self._select("ORDER BY rowid DESC LIMIT ?", 1), Place(file=file)).end
+
+    def known(self) -> Known:
+        """Return the LID map and the bridge's own account; the same object as long as nothing changed.
+
+        Raises `MapUnavailableError` for whatever keeps the map from being read.
+        """
+        try:
+            version = (self._map.refresh(), self._map.query("PRAGMA data_version")[0][0])
+            if version != self._map_version:
+                self._known = self._read_known()
+                self._map_version = version
+        except BridgeError as error:
+            raise MapUnavailableError(f"the bridge's LID map is unavailable: {error}") from error
+        return self._known
+
+    def close(self) -> None:
+        """Close both files."""
+        self._messages.close()
+        self._map.close()
+
+    def _select(self, rest: str, *parameters: int) -> list[Message | Unreadable]:
+        return [_parse(row) for row in self._messages.query(f"{_SELECT} {rest}", *parameters)]
+
+    def _read_known(self) -> Known:
+        """Read the whole map; rows are cut to user parts, as some bridges store full addresses."""
+        pairs = self._map.query("SELECT lid, pn FROM whatsmeow_lid_map")
+        accounts = self._map.query("SELECT jid, lid FROM whatsmeow_device")
+        own = {parse_jid(str(value)).user for account in accounts for value in account if value}
+        return Known.from_rows(
+            {parse_jid(str(lid)).user: parse_jid(str(phone)).user for lid, phone in pairs},
+            frozenset(own - {""}),
+        )
+
+
+class _ReadOnlyFile:
+    """One SQLite file, its connection, and the tables that must be in it."""
+
+    def __init__(self, path: Path, tables: dict[str, tuple[str, ...]]) -> None:
+        self._path = path
+        self._tables = tables
+        self._connection: sqlite3.Connection | None = None
+        self._opened = ""
+
+    def refresh(self) -> str:
+        """Make sure that the connection is to the file that the path names now; return which."""
+        try:
+            status = os.stat(self._path)  # noqa: PTH116 -- ten times a second, without a Path in between
+        except OSError as error:
+            self.close()
+            raise BridgeMissingError(
+                f"no bridge database at {self._path} ({error.strerror});"
+                " set WHATSAPP_DB_PATH or --bridge to messages.db, beside which whatsapp.db lies"
+            ) from error
+        current = f"{status.st_dev}:{status.st_ino}"
+        if self._connection is None or current != self._opened:
+            self.close()
+            self._open(current)
+        return current
+
+    def query(self, statement: str, *parameters: int) -> list[Any]:
+        """Run one statement to its end and return all rows."""
+        if self._connection is None:
+            raise BridgeError(f"{self._path} is not open")
+        try:
+            with closing(self._connection.execute(statement, parameters)) as cursor:
+                return cursor.fetchall()
+        except sqlite3.Error as error:
+            raise _explained(error, self._path) from error
+
+    def close(self) -> None:
+        """Close the connection, if there is one."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+    def _open(self, identity: str) -> None:
+        if not os.access(self._path, os.R_OK):
+            raise BridgeMissingError(f"{self._path} may not be read by this user; grant read access to it")
+        try:
+            connection = sqlite3.connect(
+                f"file:{quote(str(self._path.absolute()))}?mode=ro",
+                uri=True,
+                timeout=BUSY_TIMEOUT_SECONDS,
+                isolation_level=None,
+            )
+        except sqlite3.Error as error:
+            raise _explained(error, self._path) from error
+        # Bytes that are no UTF-8 spoil their own message only, not the whole page.
+        connection.text_factory = lambda raw: raw.decode("utf-8", "surrogateescape")
+        self._connection, self._opened = connection, identity
+        try:
+            self._check_tables()
+        except BridgeError:
+            self.close()
+            raise
+
+    def _check_tables(self) -> None:
+        for table, columns in self._tables.items():
+            present = {row[1] for row in self.query(f"PRAGMA table_info({table})")}
+            if not present:
+                raise BridgeSchemaError(
+                    f"{self._path} has no table {table}; is it the bridge's database, and a recent one?"
+                )
+            missing = ", ".join(column for column in columns if column not in present)
+            if missing:
+                raise BridgeSchemaError(
+                    f"table {table} of {self._path} lacks the column {missing}; the bridge's schema changed"
+                )
+
+
+def _explained(error: sqlite3.Error, path: Path) -> BridgeError:
+    """Put SQLite's error into a sentence of the right class."""
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & _PRIMARY_CODE_MASK
+    if code in _LOCKED:
+        return BridgeBusyError(
+            f"{path} was locked for more than {BUSY_TIMEOUT_SECONDS:.0f} s; reading is tried again"
+        )
+    if code in _DAMAGED:
+        return BridgeFormatError(
+            f"{path} is no SQLite database or is damaged ({error}); check what the bridge writes"
+        )
+    if code == sqlite3.SQLITE_ERROR:
+        return BridgeSchemaError(f"{path} cannot be queried ({error}); the bridge's schema changed")
+    return BridgeError(f"{path} cannot be read ({error}); reading is tried again")
+
+
+def _page(rows: Sequence[Message | Unreadable], here: Place) -> Page:
+    if not rows:
+        return Page((), here)
+    last = rows[-1]
+    return Page(rows, replace(here, rowid=last.rowid, key=last.key, chat_jid=last.chat_jid))
+
+
+def _parse(row: tuple[int, object, object, object, object, object, object]) -> Message | Unreadable:
+    """Turn a row into a message, or say why it is none."""
+    rowid, raw_id, raw_chat, raw_sender, raw_content, raw_time, is_from_me = row
+    message_id, chat, sender, content = map(_text, (raw_id, raw_chat, raw_sender, raw_content))
+    key = message_id or f"no-id:{digest(f'{raw_time}|{sender}|{content}')}"
+    fault = next((fault for value in (message_id, chat, sender, content) if (fault := _fault(value))), None)
+    try:
+        sent_at = _instant(raw_time)
+    except ValueError as error:
+        fault = fault or str(error)
+    if fault is not None:
+        return Unreadable(rowid, _escaped(key), _escaped(chat), digest(content), fault)
+    return Message(rowid, key, chat, sender, content, sent_at, bool(is_from_me))
+
+
+def _text(value: object) -> str:
+    """Return a column's value as text: the columns are declared TEXT, which SQLite takes as advice only."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "surrogateescape")
+    return "" if value is None else str(value)
+
+
+def _fault(text: str) -> str | None:
+    """Say why PostgreSQL cannot store `text`, or None when it can."""
+    if "\0" in text:
+        return "holds a NUL byte, which PostgreSQL cannot store"
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        return "holds bytes that are not UTF-8"
+    return None
+
+
+def _escaped(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode("utf-8").replace("\0", "\\x00")
+
+
+def _instant(value: object) -> datetime:
+    """Read the bridge's text time; ValueError when it is none or has no offset."""
+    if not isinstance(value, str):
+        raise ValueError(f"its timestamp {value!r} is not text")  # noqa: TRY004 -- a value, not a caller, is wrong
+    try:
+        instant = datetime.fromisoformat(value)
+    except ValueError:
+        raise ValueError(f"its timestamp {_escaped(value)!r} is no time") from None
+    if instant.tzinfo is None:
+        raise ValueError(f"its timestamp {value!r} has no offset, so it names no instant")
+    return instant
