@@ -76,7 +76,7 @@ def compare(messages_db: Path, whatsapp_db: Path, database_url: str) -> list[Com
             " FROM public.qa_photo_reviews",
             {"lids": lids},
         ).fetchall()
-        events = dict(
+        events: dict[str, int] = dict(
             connection.execute(
                 "SELECT project, count(*) FROM wa_monitor.drop_event GROUP BY project"
             ).fetchall()

@@ -49,10 +49,9 @@ class Stream:
             failure, self._failure = self._failure, None
             raise failure
 
-    def post(self, count: int) -> None:
-        """Post ``count`` messages at once; only before the block is entered."""
-        for _ in range(count):
-            self._post()
+    def post(self, count: int) -> set[str]:
+        """Post ``count`` messages at once, before the block is entered; return the drops that they name."""
+        return {drop for _ in range(count) for drop in self._post()}
 
     def _run(self) -> None:
         due = time.monotonic()
@@ -63,9 +62,10 @@ class Stream:
         except sqlite3.Error as error:
             self._failure = error  # raised by stop(), in the thread that can act on it
 
-    def _post(self) -> None:
+    def _post(self) -> tuple[str, ...]:
         post = next(self._posts)
         self._bridge.post(
             chat_jid=post.chat_jid, sender=post.sender, content=post.content, media_type=post.media_type
         )
         self.posted_total += 1
+        return post.drops
