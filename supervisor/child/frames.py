@@ -1,0 +1,80 @@
+"""Frames: JSON messages over the stream socket between the supervisor and one child, used by both ends.
+
+A frame is four bytes of length (big endian) and that many bytes of JSON, one object. A stream and not
+``SOCK_SEQPACKET``, because an attestation of thousands of modules is larger than a socket buffer, which bounds a packet.
+
+The rule: a length over :data:`LIMIT_BYTES` or a body that is not a JSON object is a :class:`FrameError`; the peer that
+sent it is not listened to again. The supervisor's end never blocks; the child's end blocks in a thread of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+LIMIT_BYTES = 16 * 1024 * 1024
+"""Largest body of a frame: 100,000 series of metrics fit, a runaway child does not."""
+
+_LENGTH = struct.Struct(">I")
+
+Frame = dict[str, Any]
+
+
+class FrameError(Exception):
+    """What arrived is not a frame; the connection is of no more use."""
+
+
+def encode(frame: Frame) -> bytes:
+    """Return the bytes of one frame."""
+    body = json.dumps(frame, separators=(",", ":")).encode()
+    return _LENGTH.pack(len(body)) + body
+
+
+class Decoder:
+    """Turns received bytes into frames, keeping what is incomplete."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[Frame]:
+        """Yield the frames that ``data`` completes.
+
+        Raises:
+            FrameError: the bytes are no frames.
+        """
+        self._buffer += data
+        while len(self._buffer) >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(self._buffer)
+            if length > LIMIT_BYTES:
+                raise FrameError(f"a frame of {length} bytes is over the limit of {LIMIT_BYTES}")
+            end = _LENGTH.size + length
+            if len(self._buffer) < end:
+                return
+            body = bytes(self._buffer[_LENGTH.size : end])
+            del self._buffer[:end]
+            try:
+                frame = json.loads(body)
+            except ValueError as error:
+                raise FrameError(f"the body of a frame is not JSON: {error}") from error
+            if not isinstance(frame, dict):
+                raise FrameError("the body of a frame is not a JSON object")
+            yield frame
+
+
+def receive(connection: socket.socket, decoder: Decoder) -> list[Frame]:
+    """Block for at least one frame and return those that are complete; an empty list means that the peer is gone.
+
+    Raises:
+        FrameError: the peer sent something else.
+        OSError: the socket failed; ``TimeoutError`` when its timeout passed.
+    """
+    while True:
+        data = connection.recv(65536)
+        if not data:
+            return []
+        frames = list(decoder.feed(data))
+        if frames:
+            return frames

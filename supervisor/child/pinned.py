@@ -1,0 +1,202 @@
+"""Pinned imports: modules of the tree come from the bytes of the manifest, and from nowhere else.
+
+The invariant: **a source of the tree that this process executes was read from a blob of its manifest, its sha256
+was checked before it was compiled, and it is on record**. So one process can never mix two versions: not by a lazy import
+an hour after the file changed, not when it is broken or gone by then, and not through a stale ``.pyc``, because no ``.pyc``
+of the tree is ever read.
+
+How: a path hook (PEP 302) in front of the ordinary one claims the directories that belong to the tree, and only those, so
+``sys.path`` order, relative entries, packages and namespace packages work as they always do, and modules outside the tree
+never come near this code. Extension modules inside the tree are left to the ordinary finder.
+
+Rejected: a ``sys.meta_path`` finder (must rebuild the order of ``sys.path``); ``SourceFileLoader.get_data`` with the
+pinned bytes and the standard bytecode cache (an unchecked-hash ``.pyc`` is trusted without looking at the source:
+https://docs.python.org/3/reference/import.html#pyc-invalidation); sending every import through the hook (half a second
+for 200 third-party modules whose cached bytecode is then not used).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import linecache
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from importlib.machinery import (
+    EXTENSION_SUFFIXES,
+    ExtensionFileLoader,
+    FileFinder,
+    ModuleSpec,
+    SourceFileLoader,
+)
+from importlib.util import decode_source, spec_from_file_location
+from types import CodeType, ModuleType
+
+
+class PinnedSourceError(ImportError):
+    """The bytes that this generation was started from are missing or damaged; the module is not executed."""
+
+
+class Pins:
+    """The manifest as a child sees it, and the record of what was executed from it.
+
+    Args:
+        base: absolute directory that the manifest's paths are relative to.
+        roots: absolute directories of the tree.
+        sources: relative path to sha256 of each source.
+        blobs: absolute directory of the blobs.
+    """
+
+    def __init__(self, base: str, roots: list[str], sources: Mapping[str, str], blobs: str) -> None:
+        self.executed: dict[str, str] = {}
+        """Relative path to sha256 of every source that was compiled for execution in this process."""
+        self.modules: dict[str, str] = {}
+        """Module name to the relative path it was executed from."""
+        self._sources = sources
+        self._blobs = blobs
+        # A tree may be reached by the name that was given or by the real one behind links.
+        self._bases = tuple(dict.fromkeys((base, os.path.realpath(base))))
+        self._roots = tuple(dict.fromkeys([*roots, *(os.path.realpath(root) for root in roots)]))
+        self._directories = {""}
+        for path in sources:
+            parts = path.split("/")[:-1]
+            self._directories.update("/".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+
+    def relative(self, path: str) -> str | None:
+        """Return the manifest's name of an absolute path, or None outside the tree."""
+        if not any(path == root or path.startswith(root + os.sep) for root in self._roots):
+            return None
+        for base in self._bases:
+            if path == base:
+                return ""
+            if path.startswith(base.rstrip(os.sep) + os.sep):
+                return path[len(base.rstrip(os.sep)) + 1 :].replace(os.sep, "/")
+        return None
+
+    def has_source(self, relative: str) -> bool:
+        """Whether the manifest has a source of this relative path."""
+        return relative in self._sources
+
+    def has_directory(self, relative: str) -> bool:
+        """Whether the manifest has any source below this relative directory."""
+        return relative in self._directories
+
+    def names_in(self, relative: str) -> Iterator[tuple[str, bool]]:
+        """Yield (module name, whether it is a package) of what lies directly in a directory of the tree."""
+        prefix = f"{relative}/" if relative else ""
+        for path in self._sources:
+            inside = path.removeprefix(prefix) if path.startswith(prefix) else ""
+            parts = inside.split("/")
+            if len(parts) == 1 and parts[0].endswith(".py") and parts[0] != "__init__.py":
+                yield parts[0].removesuffix(".py"), False
+            elif len(parts) == 2 and parts[1] == "__init__.py":  # noqa: PLR2004 -- directory and file
+                yield parts[0], True
+
+    def read(self, relative: str, module: str) -> bytes:
+        """Return the pinned bytes of a source.
+
+        Raises:
+            PinnedSourceError: the blob is missing or no longer has the manifest's sha256.
+        """
+        expected = self._sources[relative]
+        try:
+            with open(os.path.join(self._blobs, expected), "rb") as file:  # noqa: PTH118, PTH123 -- before pathlib
+                content = file.read()
+        except OSError as error:
+            raise PinnedSourceError(
+                f"pinned source of {relative}: {error}", name=module, path=relative
+            ) from error
+        if hashlib.sha256(content).hexdigest() != expected:
+            raise PinnedSourceError(f"pinned source of {relative} is damaged", name=module, path=relative)
+        return content
+
+    def compile(self, relative: str, path: str, module: str) -> CodeType:
+        """Return the code of a source, compiled from its pinned bytes, and put it on record as executed.
+
+        ``linecache`` gets the same bytes, so that a traceback never shows new lines for old code.
+        """
+        content = self.read(relative, module)
+        code = compile(content, path, "exec", dont_inherit=True)
+        text = decode_source(content)
+        # An entry whose mtime is None is never checked against the disk.
+        linecache.cache[path] = (len(content), None, text.splitlines(keepends=True), path)
+        self.executed[relative] = hashlib.sha256(content).hexdigest()
+        self.modules[module] = relative
+        return code  # type: ignore[no-any-return]
+
+
+class PinnedLoader(SourceFileLoader):
+    """Loads one module of the tree from its blob; data files beside it are read from disk as usual."""
+
+    def __init__(self, fullname: str, path: str, pins: Pins, relative: str) -> None:
+        super().__init__(fullname, path)
+        self._pins = pins
+        self._relative = relative
+
+    def get_code(self, fullname: str) -> CodeType:
+        """Compile the pinned source; bytecode is neither read nor written."""
+        return self._pins.compile(self._relative, self.path, fullname)
+
+    def get_source(self, fullname: str) -> str:
+        """Return the pinned source as text."""
+        return decode_source(self._pins.read(self._relative, fullname))
+
+
+class PinnedFinder:
+    """Finds the modules that lie directly in one directory of the tree (a path entry finder, PEP 302)."""
+
+    def __init__(self, pins: Pins, directory: str, relative: str) -> None:
+        self._pins = pins
+        self._directory = directory
+        self._relative = relative
+        self._extensions = FileFinder(directory, (ExtensionFileLoader, EXTENSION_SUFFIXES))
+
+    def find_spec(self, fullname: str, target: ModuleType | None = None) -> ModuleSpec | None:
+        """Return the spec of a module of this directory, a namespace portion, or None."""
+        tail = fullname.rpartition(".")[2]
+        base = f"{self._relative}/{tail}" if self._relative else tail
+        package = os.path.join(self._directory, tail)  # noqa: PTH118 -- import machinery speaks str
+        if self._pins.has_source(f"{base}/__init__.py"):
+            return self._spec(
+                fullname, os.path.join(package, "__init__.py"), f"{base}/__init__.py", [package]
+            )  # noqa: PTH118
+        extension = self._extensions.find_spec(fullname, target)
+        if extension is not None and extension.loader is not None:
+            return extension
+        if self._pins.has_source(f"{base}.py"):
+            return self._spec(fullname, f"{package}.py", f"{base}.py", None)
+        if self._pins.has_directory(base):
+            namespace = ModuleSpec(fullname, None)
+            namespace.submodule_search_locations = [package]
+            return namespace
+        return None
+
+    def invalidate_caches(self) -> None:
+        """Forget what the ordinary finder for extension modules remembers of the directory."""
+        self._extensions.invalidate_caches()
+
+    def iter_modules(self, prefix: str = "") -> list[tuple[str, bool]]:
+        """Return what :mod:`pkgutil` lists: (name, whether it is a package), sorted."""
+        return sorted((prefix + name, package) for name, package in self._pins.names_in(self._relative))
+
+    def _spec(
+        self, fullname: str, path: str, relative: str, locations: list[str] | None
+    ) -> ModuleSpec | None:
+        loader = PinnedLoader(fullname, path, self._pins, relative)
+        return spec_from_file_location(fullname, path, loader=loader, submodule_search_locations=locations)
+
+
+def install(pins: Pins) -> None:
+    """Let every import of this process that leads into the tree go through ``pins``."""
+
+    def hook(entry: str) -> PinnedFinder:
+        path = os.path.abspath(entry or ".")  # noqa: PTH100 -- resolve() would follow links
+        relative = pins.relative(path)
+        # A directory without sources in the manifest (a virtual environment, one made later) is not pinned; what is
+        # imported from it and lies in the tree is reported by the attestation.
+        if relative is None or not pins.has_directory(relative):
+            raise ImportError(f"{entry} is outside the tree")
+        return PinnedFinder(pins, path, relative)
+
+    sys.path_hooks.insert(0, hook)
+    sys.path_importer_cache.clear()

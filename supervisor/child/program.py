@@ -1,0 +1,259 @@
+"""The life of a child, from its first instruction to the application's last.
+
+1. die with the supervisor: wait until it is our parent, ask the kernel for SIGKILL at its death, look again;
+2. receive the start message: manifest, target, arguments;
+3. pin the imports of the tree; import the target (a callable's module) or compile it (a script, ``-m``);
+4. say ``imported`` and wait at the gate. The supervisor attests now, and in a ``replace`` handover stops the old child;
+5. ``go``: run the application as plain Python would: ``__name__``, ``sys.argv``, ``sys.path[0]``, exit status.
+
+The rule: the application sees a plain interpreter. The channel lives in one thread that ``threading`` does not list, with
+every signal blocked, its descriptor is not inherited by the application's own children, and ``__main__`` is the
+application's. The death signal is set by this process itself, from its main thread, after it has its final parent: set
+earlier it would fire at a re-parenting (prctl(2), PR_SET_PDEATHSIG).
+
+SIGKILL as death signal and not SIGTERM: it is the one that a hung child cannot survive. A supervisor that is *stopped*
+sends SIGTERM and waits, so this is for a supervisor that was killed. Where the kernel has no such signal (macOS), the end
+of the channel takes its place: SIGTERM, and SIGKILL three seconds later.
+"""
+
+from __future__ import annotations
+
+import _thread
+import ctypes
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from types import CodeType, ModuleType
+from typing import Any, NoReturn
+
+from . import attest, frames, metrics, pinned
+
+_PR_SET_PDEATHSIG = 1
+_PARENT_WAIT_SECONDS = 10.0
+_ORPHAN_GRACE_SECONDS = 3.0
+_METRICS_INTERVAL_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class _Application:
+    """What runs behind the gate.
+
+    Attributes:
+        run: runs the application to its end; its result is an exit status as ``sys.exit`` takes it.
+    """
+
+    run: Callable[[], object]
+
+
+class _Channel:
+    """This process's end of the connection to the supervisor; answers in a thread of its own."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._decoder = frames.Decoder()
+        self._sending = threading.Lock()
+        self._early: list[frames.Frame] = []
+        self.gate = threading.Event()
+
+    def start_message(self) -> frames.Frame:
+        """Block for the first frame; end the process if the supervisor is gone before it came."""
+        received = frames.receive(self._connection, self._decoder)
+        if not received:
+            sys.exit(1)
+        first, *self._early = received
+        return first
+
+    def send(self, frame: frames.Frame) -> None:
+        """Send a frame; a supervisor that is gone is noticed by the thread that reads."""
+        with self._sending:
+            try:
+                self._connection.sendall(frames.encode(frame))
+            except OSError:
+                return
+
+    def serve(self, pins: pinned.Pins, main_thread: int) -> None:
+        """Answer the supervisor until it is gone, and end this process then (runs in a thread)."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        next_metrics = time.monotonic() + _METRICS_INTERVAL_SECONDS
+        pending = self._early
+        while True:
+            for frame in pending:
+                if frame.get("type") == "attest":
+                    self.send(attest.report(pins, str(frame.get("nonce")), main_thread))
+                elif frame.get("type") == "go":
+                    self.gate.set()
+            # A timeout of the socket would bound the sends of the main thread, too.
+            if _readable(self._connection, max(0.0, next_metrics - time.monotonic())):
+                try:
+                    pending = frames.receive(self._connection, self._decoder)
+                except OSError:
+                    pending = []
+                if not pending:
+                    _end_orphan()
+            else:
+                pending = []
+            if time.monotonic() >= next_metrics:
+                next_metrics = time.monotonic() + _METRICS_INTERVAL_SECONDS
+                self.send_metrics()
+
+    def send_metrics(self) -> None:
+        """Send the application's metrics, if it has any."""
+        families = metrics.families()
+        if families is not None:
+            self.send({"type": "metrics", "families": families})
+
+
+def run(descriptor: int) -> NoReturn:
+    """Run one child from its start message to its exit.
+
+    Args:
+        descriptor: of the inherited stream socket to the supervisor.
+    """
+    os.set_inheritable(descriptor, False)  # noqa: FBT003 -- positional in os
+    channel = _Channel(socket.socket(fileno=descriptor))
+    start = channel.start_message()
+    _die_with(int(start["supervisor_pid"]))
+    with open(start["manifest"], "rb") as file:  # noqa: PTH123 -- pathlib is the application's to import
+        manifest = json.load(file)
+    pins = pinned.Pins(manifest["base"], manifest["roots"], manifest["sources"], start["blobs"])
+    pinned.install(pins)
+    main = ModuleType("__main__")
+    sys.modules["__main__"] = main
+    _thread.start_new_thread(channel.serve, (pins, threading.get_ident()))
+    _end(channel, lambda: _live(channel, start["target"], main, pins))
+
+
+def _live(channel: _Channel, target: dict[str, Any], main: ModuleType, pins: pinned.Pins) -> object:
+    application = _prepare(target, main, pins)
+    channel.send({"type": "imported"})
+    channel.gate.wait()
+    return application.run()
+
+
+def _prepare(target: dict[str, Any], main: ModuleType, pins: pinned.Pins) -> _Application:
+    """Import or compile the target and return what is left to do; sets ``sys.path[0]`` and ``sys.argv``."""
+    kind, name, arguments = target["kind"], target["name"], target["arguments"]
+    if kind == "script":
+        path = os.path.abspath(name)  # noqa: PTH100 -- as Python sets __file__
+        sys.path[0] = os.path.dirname(os.path.realpath(path))  # noqa: PTH120 -- as Python sets sys.path[0]
+        sys.argv = [name, *arguments]
+        relative = pins.relative(path)
+        if relative is None or not pins.has_source(relative):
+            raise ImportError(f"the script {path} is not in the watched tree")
+        code = pins.compile(relative, path, "__main__")
+        main.__file__ = path
+        main.__dict__["__cached__"] = None
+        return _Application(lambda: _execute(code, main))
+    sys.path[0] = os.getcwd()  # noqa: PTH109 -- as python -m does
+    if kind == "module":
+        return _prepare_module(name, arguments, main)
+    module_name, _, attribute = name.partition(":")
+    sys.argv = [name, *arguments]
+    found: Any = import_module(module_name)
+    for part in attribute.split("."):
+        found = getattr(found, part)
+    if not callable(found):
+        raise ImportError(f"{name} is not callable")
+    return _Application(found)
+
+
+def _prepare_module(name: str, arguments: list[str], main: ModuleType) -> _Application:
+    """Do what ``python -m NAME`` does (runpy), with ``__main__`` as the namespace from the start."""
+    spec = find_spec(name)
+    if spec is not None and spec.submodule_search_locations is not None:
+        spec = find_spec(f"{name}.__main__")
+    if spec is None or spec.loader is None or not hasattr(spec.loader, "get_code"):
+        raise ImportError(f"no module to run is called {name}", name=name)
+    code = spec.loader.get_code(spec.name)
+    main.__file__ = spec.origin
+    main.__spec__, main.__loader__, main.__package__ = spec, spec.loader, spec.parent
+    sys.argv = [spec.origin or name, *arguments]
+    return _Application(lambda: _execute(code, main))
+
+
+def _execute(code: CodeType, main: ModuleType) -> None:
+    exec(code, main.__dict__)  # noqa: S102 -- running the application is the purpose
+
+
+def _end(channel: _Channel, live: Callable[[], object]) -> NoReturn:
+    """Run ``live`` and exit as plain Python would; the supervisor hears of an exception before the process is gone."""
+    try:
+        status = live()
+    except SystemExit:
+        channel.send_metrics()
+        raise
+    except BaseException as error:  # noqa: BLE001 -- the last frame: printed, reported, turned into the exit status
+        kind, tree_traceback = type(error), _without_our_frames(error)
+        error.__traceback__ = tree_traceback
+        channel.send_metrics()
+        channel.send(
+            {
+                "type": "failed",
+                "error": "".join(traceback.format_exception_only(error)).strip()[-2000:],
+                "importing": _while_importing(error),
+            }
+        )
+        sys.excepthook(kind, error, tree_traceback)
+        if isinstance(error, KeyboardInterrupt):
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+        status = 1
+    else:
+        channel.send_metrics()
+    sys.exit(status)  # type: ignore[arg-type]
+
+
+def _without_our_frames(error: BaseException) -> Any:  # noqa: ANN401 -- a traceback or None
+    """Return the traceback as the application's author expects it: it begins in the application."""
+    step = error.__traceback__
+    here = os.path.dirname(__file__)  # noqa: PTH120 -- pathlib is the application's to import
+    while step is not None and os.path.dirname(step.tb_frame.f_code.co_filename) == here:  # noqa: PTH120
+        step = step.tb_next
+    return step if step is not None else error.__traceback__
+
+
+def _while_importing(error: BaseException) -> bool:
+    """Whether the exception says that code could not be loaded, rather than that it failed at work."""
+    if isinstance(error, (ImportError, SyntaxError)):
+        return True
+    return any(
+        frame.f_code.co_filename.startswith("<frozen importlib")
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    )
+
+
+def _die_with(supervisor: int) -> None:
+    """Have the kernel kill this process when the supervisor dies, as far as the platform can."""
+    if sys.platform != "linux":
+        return
+    deadline = time.monotonic() + _PARENT_WAIT_SECONDS
+    while os.getppid() != supervisor and time.monotonic() < deadline:
+        time.sleep(0.001)  # An intermediate process of a double fork is about to be gone.
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != supervisor:
+        sys.exit("the supervisor was gone before its child had started")
+
+
+def _end_orphan() -> NoReturn:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_ORPHAN_GRACE_SECONDS)
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("SIGKILL does not return")
+
+
+def _readable(connection: socket.socket, timeout_seconds: float) -> bool:
+    poll = select.poll()
+    poll.register(connection, select.POLLIN)
+    return bool(poll.poll(timeout_seconds * 1000))

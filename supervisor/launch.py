@@ -1,0 +1,215 @@
+"""Launch: start one generation, and hold what is needed to speak to it, watch it and end it.
+
+The contract, whatever is inside (a cold interpreter now; a fork from a preloaded process can take its place without
+any caller noticing):
+
+- the supervisor is the child's **parent** and its only reaper; nobody calls ``wait`` but :func:`reap`;
+- a **pidfd** is held from the first moment, so that a signal never reaches a recycled pid;
+- the child leads its **own session and process group**: a whole family can be signalled, a terminal's Ctrl-C is ours alone;
+- a **stream socket** connects both for start message, attestation and metrics; its end ends the child;
+- the **death signal** is set by the child itself, once the supervisor is its parent (see ``child/program.py``);
+- it is called from the main thread: the death signal follows the parent *thread* (prctl(2)).
+
+Rejected: ``preexec_fn`` (runs Python between fork and exec of a process with threads), ``psutil.Process.wait`` (steals the
+exit status), ``multiprocessing`` (re-imports the parent's ``__main__``, leaves its own names in the child).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from supervisor.child import frames
+from supervisor.settings import Target
+
+_BOOTSTRAP = Path(__file__).parent / "child" / "bootstrap.py"
+
+STRIPPED_VARIABLES = (
+    "NOTIFY_SOCKET",
+    "WATCHDOG_USEC",
+    "WATCHDOG_PID",
+    "LISTEN_FDS",
+    "LISTEN_PID",
+    "LISTEN_FDNAMES",
+)
+"""What systemd tells the supervisor is not for the child: a child that pings would keep a dead supervisor alive."""
+
+
+@dataclass(frozen=True)
+class LaunchRequest:
+    """What a generation is started from.
+
+    Attributes:
+        generation: number of the generation, from 1.
+        tree: digest of the manifest.
+        manifest: file of the manifest.
+        blobs: directory of the pinned sources.
+        target: what to run.
+        environment: the child's whole environment.
+    """
+
+    generation: int
+    tree: str
+    manifest: Path
+    blobs: Path
+    target: Target
+    environment: Mapping[str, str]
+
+
+@dataclass
+class Child:
+    """A started process. Owned by the main loop; closed by :func:`reap`.
+
+    Attributes:
+        pid: its process id, also its session and process group.
+        pidfd: names the process for signals even after its pid could have been given away; None where the platform
+            has none (macOS), there the pid is used, which is safe until it is reaped.
+        channel: non-blocking stream socket to it.
+    """
+
+    pid: int
+    pidfd: int | None
+    channel: socket.socket
+    _decoder: frames.Decoder = field(default_factory=frames.Decoder)
+    _unsent: bytearray = field(default_factory=bytearray)
+    _status: int | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether the process has ended and waits to be reaped (asked after each SIGCHLD)."""
+        if self._status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG) if self.pidfd is None else (0, 0)
+            if pid:
+                self._status = status
+            elif self.pidfd is not None:
+                look = os.WEXITED | os.WNOHANG | os.WNOWAIT
+                return os.waitid(os.P_PIDFD, self.pidfd, look) is not None
+        return self._status is not None
+
+    def send(self, frame: frames.Frame) -> None:
+        """Send a frame without blocking; what a child does not take now goes before the next one."""
+        self._unsent += frames.encode(frame)
+        try:
+            while self._unsent:
+                del self._unsent[: self.channel.send(self._unsent)]
+        except BlockingIOError:
+            return
+        except OSError:
+            self._unsent.clear()  # It is gone; its exit says so.
+
+    def receive(self) -> list[frames.Frame]:
+        """Return the frames that have arrived; an empty list also when the child closed its end.
+
+        Raises:
+            EOFError: the child closed its end, or failed to speak the protocol.
+        """
+        received: list[frames.Frame] = []
+        try:
+            while data := self.channel.recv(262144):
+                received.extend(self._decoder.feed(data))
+        except BlockingIOError:
+            return received
+        except (OSError, frames.FrameError) as error:
+            raise EOFError(str(error)) from error
+        if received:
+            return received
+        raise EOFError("the child closed its channel")
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the child alone; a child that has ended is not an error."""
+        with contextlib.suppress(ProcessLookupError):
+            if self.pidfd is None:
+                os.kill(self.pid, number)
+            else:
+                signal.pidfd_send_signal(self.pidfd, number)
+
+    def terminate(self) -> None:
+        """Ask the child to finish its work and end."""
+        self.signal(signal.SIGTERM)
+
+    def collect(self) -> int:
+        """Take the exit status from the kernel, which frees the pid; blocks until the process has ended."""
+        if self._status is None:
+            _, self._status = os.waitpid(self.pid, 0)
+        if self.pidfd is not None:
+            os.close(self.pidfd)
+        return self._status
+
+    def kill_group(self) -> None:
+        """SIGKILL the child and all of its process group. Call it before the child is reaped: its pid names the group."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self.signal(signal.SIGKILL)
+
+
+def launch(request: LaunchRequest) -> Child:
+    """Start a generation; it imports its code and then waits at its gate for ``go``.
+
+    Raises:
+        OSError: no process could be started.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, str(_BOOTSTRAP), str(theirs.fileno())],
+            stdin=subprocess.DEVNULL,
+            env=dict(request.environment),
+            pass_fds=(theirs.fileno(),),
+            start_new_session=True,
+        )
+    process.returncode = 0  # Popen is not the reaper: nothing of it shall wait for this pid.
+    ours.setblocking(False)
+    child = Child(process.pid, os.pidfd_open(process.pid) if hasattr(os, "pidfd_open") else None, ours)
+    child.send(start_message(request))
+    return child
+
+
+def start_message(request: LaunchRequest) -> dict[str, Any]:
+    """Return the first frame that a child receives."""
+    target = request.target
+    return {
+        "type": "start",
+        "supervisor_pid": os.getpid(),
+        "manifest": str(request.manifest),
+        "blobs": str(request.blobs),
+        "target": {"kind": target.kind, "name": target.name, "arguments": list(target.arguments)},
+    }
+
+
+def child_environment(
+    inherited: Mapping[str, str], *, notify_socket: Path, watchdog_seconds: float, generation: int, tree: str
+) -> dict[str, str]:
+    """Return the environment of a generation.
+
+    Args:
+        inherited: the supervisor's own.
+        notify_socket: where the child reports to.
+        watchdog_seconds: longest silence allowed; 0 for no watchdog.
+        generation: its number.
+        tree: digest of its manifest.
+    """
+    environment = {name: value for name, value in inherited.items() if name not in STRIPPED_VARIABLES}
+    environment |= {"NOTIFY_SOCKET": str(notify_socket), "WA_GENERATION": str(generation), "WA_TREE": tree}
+    if watchdog_seconds > 0:
+        environment["WATCHDOG_USEC"] = str(int(watchdog_seconds * 1_000_000))
+    return environment
+
+
+def reap(child: Child) -> str:
+    """Collect an ended child, close what was held for it and say how it ended.
+
+    Returns:
+        ``exit status 7`` or ``signal SIGKILL``.
+    """
+    child.kill_group()  # What it left behind in its group goes with it; the pid is still ours until it is collected.
+    code = os.waitstatus_to_exitcode(child.collect())
+    child.channel.close()
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"

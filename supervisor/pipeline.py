@@ -1,0 +1,400 @@
+"""Pipeline: from a hint to code that may be started, one method a stage.
+
+    watch ──> settle ──> manifest ──> bytecode ──> (lifecycle: launch, verify, handover)
+
+A *reload* is one way through it: it begins with the first sign of a change and ends with exactly one outcome, and its record
+says who asked, which paths, how long each stage took and why it ended as it did.
+
+The rules:
+
+- No wait without a bound: a tree that never comes to rest is looked at after :data:`MAX_SETTLE_SECONDS`; only a running git
+  that holds its index holds us longer.
+- Same content as what is live or on its way: outcome ``unchanged``. Content decides, whatever caused the hint.
+- A newer change supersedes an older one at every stage; who waited for the older one waits for the newer one.
+- Nothing here touches the live child.
+
+The main loop calls in; nothing here blocks longer than reading what changed.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from supervisor import bytecode, manifest
+from supervisor.blobs import BlobStore
+from supervisor.bytecode import BytecodeReport, CompileJob
+from supervisor.errors import SourceError
+from supervisor.git import Repository
+from supervisor.lifecycle import Outcome, Reason
+from supervisor.manifest import Manifest, Snapshot, Tree
+from supervisor.watch import Hint
+
+MAX_SETTLE_SECONDS = 5.0
+"""Longest wait for a tree to come to rest."""
+
+_QUIET_ONE_FILE_SECONDS = 0.015
+_QUIET_MANY_SECONDS = 0.15
+_LOCK_LOOK_SECONDS = 0.05
+_SHOWN_PATHS = 20
+_AUTOMATIC = frozenset({"watch", "scan"})
+
+
+@dataclass
+class Reload:
+    """One way through the pipeline, and its record.
+
+    Attributes:
+        trigger: what asked for it.
+        began_at: monotonic time of the first sign.
+        paths: relative paths that differ from what ran before.
+        previous_tree: digest of what ran before, None at the first start.
+        tree: digest of what was to run, once it is known.
+        stages: seconds spent in each stage.
+        on_finish: called with the record when there is an outcome.
+    """
+
+    trigger: str
+    began_at: float
+    paths: tuple[str, ...] = ()
+    previous_tree: str | None = None
+    tree: str | None = None
+    stages: dict[str, float] = field(default_factory=dict)
+    outcome: Outcome | None = None
+    reason: Reason | None = None
+    detail: str | None = None
+    generation: int | None = None
+    total_seconds: float = 0.0
+    on_finish: list[Callable[[Reload], None]] = field(default_factory=list)
+    identity: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+    _marked_at: float | None = None
+
+    def mark(self, stage: str, now: float) -> None:
+        """Count the time since the last mark to a stage."""
+        since = self.began_at if self._marked_at is None else self._marked_at
+        self.stages[stage] = self.stages.get(stage, 0.0) + now - since
+        self._marked_at = now
+
+    def finish(
+        self, outcome: Outcome, now: float, reason: Reason | None = None, detail: str | None = None
+    ) -> None:
+        """End the reload with its one outcome."""
+        self.outcome, self.reason, self.detail = outcome, reason, detail
+        self.total_seconds = now - self.began_at
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the record as ``status --json`` shows it."""
+        return {
+            "id": self.identity,
+            "outcome": self.outcome,
+            "reason": self.reason,
+            "detail": self.detail,
+            "trigger": self.trigger,
+            "paths": list(self.paths[:_SHOWN_PATHS]),
+            "paths_total": len(self.paths),
+            "previous_tree": self.previous_tree,
+            "tree": self.tree,
+            "generation": self.generation,
+            "stages": {stage: round(seconds, 6) for stage, seconds in self.stages.items()},
+            "total_seconds": round(self.total_seconds, 6),
+        }
+
+
+@dataclass
+class _Pending:
+    """Signs of a change that has not been looked at.
+
+    Attributes:
+        last_at: monotonic time of the newest sign.
+        dirty: absolute paths with a hint; their stat tuples are not trusted.
+        unfinished: those that somebody may still be writing.
+        whole: look at every byte of the tree and at every cache directory.
+        not_before: monotonic time before which a running git holds us.
+    """
+
+    reload: Reload
+    last_at: float
+    dirty: set[str] = field(default_factory=set)
+    unfinished: set[str] = field(default_factory=set)
+    whole: bool = False
+    not_before: float = 0.0
+
+    def due_at(self, quiet_seconds: float | None) -> float:
+        return max(self.not_before, self._calm_at(quiet_seconds))
+
+    def _calm_at(self, quiet_seconds: float | None) -> float:
+        if self.whole:
+            return self.reload.began_at
+        if quiet_seconds is None:
+            calm = len(self.dirty) <= 1 and not self.unfinished
+            quiet_seconds = _QUIET_ONE_FILE_SECONDS if calm else _QUIET_MANY_SECONDS
+        return min(self.last_at + quiet_seconds, self.reload.began_at + MAX_SETTLE_SECONDS)
+
+
+@dataclass
+class _Build:
+    reload: Reload
+    manifest: Manifest
+    job: CompileJob
+
+
+@dataclass(frozen=True)
+class Built:
+    """A manifest whose sources all compile."""
+
+    reload: Reload
+    manifest: Manifest
+
+
+class Pipeline:
+    """Watches over what is on disk and prepares it for launch.
+
+    Args:
+        tree: the roots.
+        blobs: where sources are kept.
+        scratch: directory for short-lived files.
+        repository: git's view of the tree, where there is one.
+        quiet_seconds: fixed quiet period, None for the adaptive one.
+        environment: returns the children's environment, for ``PYTHONPYCACHEPREFIX``.
+        finished: called with each reload that ended here: unchanged, superseded or rejected.
+    """
+
+    def __init__(
+        self,
+        *,
+        tree: Tree,
+        blobs: BlobStore,
+        scratch: Path,
+        repository: Repository | None,
+        quiet_seconds: float | None,
+        environment: Mapping[str, str],
+        finished: Callable[[Reload], None],
+    ) -> None:
+        self._tree = tree
+        self._blobs = blobs
+        self._scratch = scratch
+        self._repository = repository
+        self._quiet_seconds = quiet_seconds
+        self._environment = environment
+        self._finished = finished
+        self._snapshot: Snapshot | None = None
+        self._pending: _Pending | None = None
+        self._build: _Build | None = None
+        self._compiled: Manifest | None = None
+        self._judged: str | None = None
+        self._unreadable = False
+        self.scanned_at: float | None = None
+        self.problem: str | None = None
+        """Why what is on disk may not run, or None."""
+
+    @property
+    def disk(self) -> Manifest | None:
+        """What was on disk at the last look, None while it cannot be read."""
+        return self._snapshot.manifest if self._snapshot else None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a change is being looked at."""
+        return self._pending is not None or self._build is not None
+
+    @property
+    def job(self) -> CompileJob | None:
+        """The running compile helper, for the main loop to wait on."""
+        return self._build.job if self._build else None
+
+    # --- watch ----------------------------------------------------------------------------------------------------
+
+    def hint(self, hints: Collection[Hint], now: float) -> None:
+        """Note file events."""
+        if not hints:
+            return
+        pending = self._begin("watch", now)
+        for hint in hints:
+            pending.dirty.add(hint.path)
+            (pending.unfinished.discard if hint.finished else pending.unfinished.add)(hint.path)
+
+    def ask(self, trigger: str, now: float, on_finish: Callable[[Reload], None] | None = None) -> None:
+        """Ask for a reload now; every byte of the tree is read again."""
+        pending = self._begin(trigger, now)
+        pending.whole = True
+        if trigger not in _AUTOMATIC:
+            pending.reload.trigger = trigger
+        if on_finish is not None:
+            pending.reload.on_finish.append(on_finish)
+
+    def scan(self, now: float, *, whole: bool = False) -> None:
+        """Look at the tree; a difference that no event told of becomes a reload.
+
+        Args:
+            now: monotonic time.
+            whole: read every file, whatever its stat tuple says.
+        """
+        before = self.disk
+        try:
+            snapshot = manifest.scan(self._tree, None if whole else self._snapshot, self._blobs.put)
+        except SourceError as error:
+            if str(error) != self.problem:
+                self._begin("scan", now)
+            return
+        self.scanned_at = now
+        if before is None or snapshot.manifest.digest != before.digest or self._unreadable:
+            self._begin("scan", now)
+        else:
+            self._snapshot = snapshot
+
+    def _begin(self, trigger: str, now: float) -> _Pending:
+        if self._pending is None:
+            self._pending = _Pending(Reload(trigger, now), now)
+        self._pending.last_at = now
+        return self._pending
+
+    # --- settle -> manifest -> bytecode ------------------------------------------------------------------------------
+
+    def deadline(self) -> float | None:
+        """Return when :meth:`advance` has something to do at the earliest."""
+        times = [self._pending.due_at(self._quiet_seconds)] if self._pending else []
+        if self._build is not None:
+            times.append(self._build.job.deadline)
+        return min(times, default=None)
+
+    def advance(self, now: float, *, live: Manifest | None, candidate: Reload | None) -> bool:
+        """Take the next step that is due.
+
+        Args:
+            now: monotonic time.
+            live: what the live generation was started from.
+            candidate: the reload whose generation is to take over.
+
+        Returns:
+            Whether a look at the disk has just shown that it is what is live.
+        """
+        if self._build is not None and self._build.job.deadline <= now:
+            self._build.job.cancel()
+            self.compiled(
+                BytecodeReport(f"the compile helper was not done after {bytecode.DEADLINE_SECONDS:g} s"), now
+            )
+        pending = self._pending
+        if pending is None or pending.due_at(self._quiet_seconds) > now:
+            return False
+        if self._repository is not None and self._repository.is_changing():
+            pending.not_before = now + _LOCK_LOOK_SECONDS
+            return False
+        self._pending = None
+        pending.reload.mark("settle", now)
+        found = self._look(pending, now)
+        return found is not None and self._decide(pending, found, now, live=live, candidate=candidate)
+
+    def _look(self, pending: _Pending, now: float) -> Manifest | None:
+        """Stage *manifest*: find out what is on disk; None if it cannot be read."""
+        base = self._tree.base
+        try:
+            self._snapshot = manifest.scan(
+                self._tree,
+                None if pending.whole else self._snapshot,
+                self._blobs.put,
+                doubtful={os.path.relpath(path, base).replace(os.sep, "/") for path in pending.dirty},
+            )
+        except SourceError as error:
+            self.problem, self._unreadable = str(error), True
+            self._end(pending.reload, "rejected", now, "import", str(error))
+            return None
+        self.scanned_at = now
+        if self._unreadable:
+            self._unreadable, self._judged, self.problem = False, None, None
+        pending.reload.tree = self._snapshot.manifest.digest
+        pending.reload.mark("manifest", now)
+        return self._snapshot.manifest
+
+    def _decide(
+        self,
+        pending: _Pending,
+        found: Manifest,
+        now: float,
+        *,
+        live: Manifest | None,
+        candidate: Reload | None,
+    ) -> bool:
+        """Decide whether anything follows from what is on disk; return whether it is what is live."""
+        reload = pending.reload
+        reload.previous_tree = live.digest if live else None
+        reload.paths = live.changes(found) if live else ()
+        under_way = self._build.reload if self._build is not None else candidate
+        if under_way is not None and under_way.tree == found.digest:
+            under_way.on_finish += reload.on_finish  # Who asked for this one hears how that one ends.
+            reload.on_finish = []
+            self._end(reload, "unchanged", now)
+            return False
+        self._supersede_build(reload, now)
+        if live is not None and found.digest == live.digest:
+            self._judged, self.problem = live.digest, None
+            self._end(reload, "unchanged", now)
+            return True
+        if reload.trigger in _AUTOMATIC and found.digest == self._judged:
+            self._end(reload, "unchanged", now)
+            return False
+        self._start_build(reload, found, now, sweep=pending.whole)
+        return False
+
+    def _start_build(self, reload: Reload, found: Manifest, now: float, *, sweep: bool) -> None:
+        """Stage *bytecode*: purge and compile in a process of its own."""
+        job = bytecode.start(
+            tree=self._tree,
+            before=None if sweep else self._compiled,
+            after=found,
+            blobs=self._blobs.blobs,
+            scratch=self._scratch,
+            environment=self._environment,
+            sweep=sweep,
+            now=now,
+        )
+        self._build = _Build(reload, found, job)
+
+    def compiled(self, report: BytecodeReport, now: float) -> Built | None:
+        """Take the compile helper's report; return what may be launched, None if it was rejected."""
+        build = self._build
+        if build is None:
+            return None
+        self._build = None
+        build.reload.mark("bytecode", now)
+        self._judged = build.manifest.digest
+        if report.error is not None:
+            self.problem = report.error
+            self._end(build.reload, "rejected", now, "syntax", report.error)
+            return None
+        self._compiled, self.problem = build.manifest, None
+        return Built(build.reload, build.manifest)
+
+    def _supersede_build(self, newer: Reload, now: float) -> None:
+        build = self._build
+        if build is not None:
+            build.job.cancel()
+            self._build = None
+            newer.on_finish += build.reload.on_finish
+            build.reload.on_finish = []
+            self._end(build.reload, "superseded", now, detail=f"by tree {(newer.tree or '')[:12]}")
+
+    def _end(
+        self,
+        reload: Reload,
+        outcome: Outcome,
+        now: float,
+        reason: Reason | None = None,
+        detail: str | None = None,
+    ) -> None:
+        reload.finish(outcome, now, reason, detail)
+        self._finished(reload)
+
+    def rejected(self, tree: str, why: str) -> None:
+        """Note that a generation of this tree did not become live."""
+        if self.disk is not None and self.disk.digest == tree:
+            self.problem = why
+
+    def close(self) -> None:
+        """Stop what is under way."""
+        if self._build is not None:
+            self._build.job.cancel()
+            self._build = None

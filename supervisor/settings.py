@@ -1,0 +1,207 @@
+"""Settings: what ``wa-supervisor run`` was asked for, validated once, then passed on as a value.
+
+Flags beat the TOML file, the file beats the defaults. **Every flag of ``run`` is a key of the file**, spelled the same
+(``ready-timeout = 30``); an unknown key or a wrong type is a :class:`UsageError` that names file and key. TARGET is looked
+up without importing it: the supervisor never runs code of the tree.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import os
+import sys
+import tempfile
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+
+from supervisor.errors import UsageError
+from supervisor.manifest import Tree, source_roots
+
+TargetKind = Literal["script", "module", "callable"]
+ServiceType = Literal["simple", "notify"]
+Handover = Literal["replace", "overlap"]
+
+DEFAULT_LISTEN = "127.0.0.1:9464"
+
+_Seconds = Annotated[float, msgspec.Meta(gt=0)]
+_MAX_PORT = 65535
+
+
+@dataclass(frozen=True)
+class Target:
+    """What to run.
+
+    Attributes:
+        kind: ``script`` (a path), ``module`` (as ``python -m``) or ``callable`` (``package.module:name``).
+        name: the path, the module or ``module:name``, as given.
+        arguments: become ``sys.argv[1:]``.
+    """
+
+    kind: TargetKind
+    name: str
+    arguments: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"-m {self.name}" if self.kind == "module" else self.name
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"):
+    """The options of ``run``, from flags or from TOML; None means not given. Durations in seconds."""
+
+    watch: tuple[str, ...] | None = None
+    type: ServiceType | None = None
+    handover: Handover | None = None
+    ready_timeout: _Seconds | None = None
+    watchdog: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    stop_timeout: _Seconds | None = None
+    quiet: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    scan_interval: _Seconds | None = None
+    verify_interval: _Seconds | None = None
+    runtime_dir: str | None = None
+    state_dir: str | None = None
+    listen: str | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything a supervisor needs to know, resolved.
+
+    Attributes:
+        quiet_seconds: fixed quiet period, or None for the adaptive one.
+        watchdog_seconds: longest silence of a ``notify`` child before it counts as hung; 0 for never.
+        listen: host and port of the HTTP endpoint; port 0 lets the kernel choose.
+    """
+
+    target: Target
+    tree: Tree
+    type: ServiceType
+    handover: Handover
+    ready_timeout_seconds: float
+    watchdog_seconds: float
+    stop_timeout_seconds: float
+    quiet_seconds: float | None
+    scan_interval_seconds: float
+    verify_interval_seconds: float
+    runtime_dir: Path
+    state_dir: Path
+    listen: tuple[str, int]
+
+
+def load_options(path: Path) -> Options:
+    """Read the options from a TOML file.
+
+    Raises:
+        UsageError: the file cannot be read, is not TOML, or has an unknown key or a value of a wrong type.
+    """
+    try:
+        return msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), Options, strict=True)
+    except OSError as error:
+        raise UsageError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid TOML: {error}; correct the file") from error
+    except msgspec.ValidationError as error:
+        raise UsageError(
+            f"{path}: {error}; the keys are those of `wa-supervisor run --help` without --"
+        ) from error
+
+
+def merge(flags: Options, file: Options) -> Options:
+    """Return the options with those of ``flags`` taken where they were given."""
+    given = {name: value for name in Options.__struct_fields__ if (value := getattr(flags, name)) is not None}
+    return msgspec.structs.replace(file, **given)
+
+
+def resolve(target: Target, options: Options) -> Settings:
+    """Return the settings for running ``target``.
+
+    Raises:
+        UsageError: the target or a watched directory does not exist, or a value makes no sense.
+    """
+    origin = _locate(target)
+    roots = [Path(directory) for directory in options.watch or (origin,)]
+    for root in roots:
+        if not root.is_dir():
+            raise UsageError(f"--watch {root} is not a directory; name the folder that holds the code")
+    return Settings(
+        target=target,
+        tree=Tree(source_roots(roots)),
+        type=options.type or "simple",
+        handover=options.handover or "replace",
+        ready_timeout_seconds=options.ready_timeout or 30.0,
+        watchdog_seconds=15.0 if options.watchdog is None else options.watchdog,
+        stop_timeout_seconds=options.stop_timeout or 20.0,
+        quiet_seconds=options.quiet,
+        scan_interval_seconds=options.scan_interval or 2.0,
+        verify_interval_seconds=options.verify_interval or 30.0,
+        runtime_dir=runtime_dir(options.runtime_dir),
+        state_dir=_state_dir(options.state_dir),
+        listen=_address(options.listen or DEFAULT_LISTEN),
+    )
+
+
+def parse_target(words: tuple[str, ...] | list[str]) -> Target:
+    """Return the target that the words of the command line name.
+
+    Raises:
+        UsageError: they name none.
+    """
+    first, *arguments = words or [""]
+    if first == "-m":
+        if not arguments:
+            raise UsageError("-m needs the name of a module: wa-supervisor run -m package.module")
+        return Target("module", arguments[0], tuple(arguments[1:]))
+    if first.endswith(".py") or os.sep in first:
+        return Target("script", first, tuple(arguments))
+    module, colon, attribute = first.partition(":")
+    if colon and all(part.isidentifier() for part in [*module.split("."), *attribute.split(".")]):
+        return Target("callable", first, tuple(arguments))
+    raise UsageError(
+        f"TARGET {first!r} is neither a script (path/to/script.py), nor package.module:callable, nor -m package.module"
+    )
+
+
+def runtime_dir(given: str | None) -> Path:
+    """Return the directory of socket and lock: as given, ``$RUNTIME_DIRECTORY``, or the user's own (XDG)."""
+    if given or (given := os.environ.get("RUNTIME_DIRECTORY")):
+        return Path(given).absolute()
+    if base := os.environ.get("XDG_RUNTIME_DIR"):
+        return Path(base) / "wa-supervisor"
+    return Path(tempfile.gettempdir()) / f"wa-supervisor-{os.getuid()}"
+
+
+def _state_dir(given: str | None) -> Path:
+    if given or (given := os.environ.get("STATE_DIRECTORY")):
+        return Path(given).absolute()
+    base = os.environ.get("XDG_STATE_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "state") / "wa-supervisor"
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isdecimal() or int(port) > _MAX_PORT:
+        raise UsageError(f"--listen {text} is not HOST:PORT, for example {DEFAULT_LISTEN}")
+    return host.strip("[]") or "127.0.0.1", int(port)
+
+
+def _locate(target: Target) -> Path:
+    """Return the directory to watch by default: the script's folder, or the target's top package."""
+    if target.kind == "script":
+        script = Path(target.name)
+        if not script.is_file():
+            raise UsageError(f"TARGET {script} does not exist or is not a file; name the script to run")
+        return script.absolute().parent
+    top = target.name.partition(":")[0].partition(".")[0]
+    # Where the child will look: its working directory first, as with python -m.
+    spec = importlib.machinery.PathFinder.find_spec(top, [str(Path.cwd()), *sys.path])
+    if spec is None or (spec.origin is None and spec.submodule_search_locations is None):
+        raise UsageError(
+            f"TARGET {target}: there is no module {top!r} in {Path.cwd()} or on the Python path; "
+            "start the supervisor in the folder that holds it"
+        )
+    if spec.submodule_search_locations is not None:
+        return Path(next(iter(spec.submodule_search_locations)))
+    return Path(str(spec.origin)).parent

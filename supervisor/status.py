@@ -1,0 +1,135 @@
+"""Status: what the supervisor says about itself, as the documents that the commands and ``/status.json`` show.
+
+The rule: *in sync* means proven: a live generation, attested, whose manifest is the manifest on disk. Everything else has
+a reason in words. Functions of what is passed in; the JSON is a contract.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from supervisor.fleet import Running
+from supervisor.lifecycle import State
+from supervisor.manifest import Manifest
+from supervisor.pipeline import Reload
+from supervisor.verify import Verdict
+
+
+def in_sync_problem(
+    *, live: Running | None, disk: Manifest | None, problem: str | None, stopping: bool
+) -> str | None:
+    """Return why the running code is not, or not provably, the code on disk; None if it is.
+
+    Args:
+        live: the generation that serves.
+        disk: what is on disk; None if it cannot be read.
+        problem: why what is on disk may not run.
+        stopping: the operator asked to stop.
+    """
+    if stopping:
+        return "stopping"
+    if live is None:
+        return problem or "no generation is live yet"
+    if disk is None:
+        return problem or "the tree has not been read yet"
+    if live.manifest.digest != disk.digest:
+        return problem or "the tree has changed; a reload is on its way"
+    if live.verdict is None:
+        return "the live generation has not been attested"
+    return live.verdict.problem
+
+
+def status_document(
+    *,
+    pid: int,
+    state: State,
+    live: Running | None,
+    reason: str | None,
+    listen: str,
+    last_reload: Reload | None,
+    restarts: Mapping[str, int],
+    watch: Mapping[str, Any],
+    git: Mapping[str, Any] | None,
+    busy: bool,
+    unwritable: Sequence[str],
+) -> dict[str, Any]:
+    """Return the document of ``status --json``."""
+    candidate = state.candidate
+    return {
+        "state": _state_word(state, busy=busy),
+        "pid": pid,
+        "in_sync": reason is None,
+        "reason": reason,
+        "listen": listen,
+        "live": live
+        and {
+            "generation": live.number,
+            "pid": live.child.pid,
+            "tree": live.manifest.digest,
+            "since": datetime.datetime.fromtimestamp(live.started_wall_seconds, datetime.UTC).isoformat(
+                "T", "milliseconds"
+            ),
+            "status": live.status,
+        },
+        "candidate": candidate
+        and {"generation": candidate.number, "tree": candidate.tree, "stage": candidate.stage.value},
+        "draining": [generation.number for generation in state.draining],
+        "last_known_good": state.good,
+        "quarantine": [],
+        "last_reload": last_reload.as_json() if last_reload else None,
+        "restarts": dict(restarts),
+        "watch": dict(watch),
+        "git": git,
+        "bytecode": {"writable": not unwritable, "unwritable": list(unwritable)},
+    }
+
+
+def verify_document(verdict: Verdict, *, same_tree: bool, duration_seconds: float) -> dict[str, Any]:
+    """Return the document of ``verify --json``.
+
+    Args:
+        verdict: of an attestation made for this request.
+        same_tree: the tree on disk, read anew, is the one that the generation was started from.
+        duration_seconds: from the request to the answer.
+    """
+    return {
+        "in_sync": verdict.attested and verdict.on_disk and same_tree,
+        "modules": [
+            {
+                "name": module.name,
+                "path": module.path,
+                "disk_sha256": module.disk_sha256,
+                "running_sha256": module.running_sha256,
+                "state": module.state,
+            }
+            for module in verdict.modules
+        ],
+        # Function objects are not compared yet, and this says so: nothing was checked, nothing was found.
+        "functions": {"checked": 0, "foreign": []},
+        "duration_seconds": round(duration_seconds, 6),
+    }
+
+
+def sentence(reload: Reload) -> str:
+    """Return one line for the log about a reload that has ended."""
+    subject = f"reload ({reload.trigger})"
+    what = f"{subject}: {reload.outcome}"
+    if reload.reason:
+        what += f" ({reload.reason})"
+    if reload.detail:
+        what += f": {reload.detail}"
+    if reload.generation is not None and reload.outcome == "live":
+        what += f": generation {reload.generation} runs tree {(reload.tree or '')[:12]}, attested"
+    stages = " ".join(f"{stage} {seconds * 1000:.1f}" for stage, seconds in reload.stages.items())
+    changed = f", {len(reload.paths)} changed: {', '.join(reload.paths[:3])}" if reload.paths else ""
+    return f"{what} [{reload.total_seconds * 1000:.0f} ms: {stages}]{changed}"
+
+
+def _state_word(state: State, *, busy: bool) -> str:
+    if state.stopping:
+        return "stopping"
+    if state.live is None:
+        return "down" if state.good is not None else "starting"
+    return "reloading" if busy or state.candidate is not None else "live"

@@ -1,0 +1,135 @@
+"""Verify: is the code that runs the code on disk? Three facts compared, one verdict.
+
+For each module the child executed: the sha256 it *executed*, the sha256 in the manifest it was *started from*, and the
+sha256 of the file *now on disk*. Executed and started-from differing is a **mismatch**: the child runs something it should
+not. Executed and disk differing is **outdated**: a reload is due or was rejected. A module of the tree that came in by any
+other way than the pinned loader is **unpinned**, which is a mismatch, too: nothing is known about its bytes.
+
+The rule: an answer is *match*, *mismatch* or *no answer*, and no answer never becomes either of the others.
+Comparing is pure: the bytes were hashed by those who read them.
+
+What it does not see yet: function objects (a function that was patched after the import).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from supervisor.manifest import Manifest
+
+ModuleState = Literal["match", "outdated", "mismatch", "unpinned"]
+
+
+@dataclass(frozen=True, slots=True)
+class Executed:
+    """A module as its process reports it.
+
+    Attributes:
+        name: in ``sys.modules``.
+        path: relative to the manifest's base.
+        sha256: of the bytes that were compiled and executed; None if it was loaded around the pins.
+    """
+
+    name: str
+    path: str
+    sha256: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Attestation:
+    """What one child said about itself.
+
+    Attributes:
+        nonce: of the request it answers.
+        modules: every module of the tree that it holds.
+        importing: its main thread was inside an import at that moment.
+    """
+
+    nonce: str
+    modules: tuple[Executed, ...]
+    importing: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleVerdict:
+    """One row of ``verify``: a module and its two digests (None where there is no such file, or no such proof)."""
+
+    name: str
+    path: str
+    disk_sha256: str | None
+    running_sha256: str | None
+    state: ModuleState
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the comparison says.
+
+    Attributes:
+        modules: a row for each module, sorted by path.
+    """
+
+    modules: tuple[ModuleVerdict, ...]
+
+    @property
+    def attested(self) -> bool:
+        """Whether the child runs what it was started from, and nothing else of the tree."""
+        return not any(module.state in {"mismatch", "unpinned"} for module in self.modules)
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether, in addition, every executed source is what stands on disk."""
+        return all(module.state == "match" for module in self.modules)
+
+    @property
+    def problem(self) -> str | None:
+        """One sentence about the first module that is not as it should be."""
+        for module in self.modules:
+            if module.state == "mismatch":
+                return f"module {module.name} ({module.path}) runs other bytes than its generation was started from"
+            if module.state == "unpinned":
+                return f"module {module.name} ({module.path}) was loaded around the pinned imports"
+        return None
+
+
+class AttestationError(Exception):
+    """The child's answer does not have the agreed form."""
+
+
+def parse(frame: Mapping[str, Any]) -> Attestation:
+    """Return what a child's frame says.
+
+    Raises:
+        AttestationError: it has not the agreed form.
+    """
+    try:
+        executed = [Executed(m["name"], m["path"], m["sha256"]) for m in frame["modules"]]
+        unpinned = [Executed(m["name"], m["path"], None) for m in frame["unpinned"]]
+        return Attestation(frame["nonce"], (*executed, *unpinned), bool(frame["importing"]))
+    except (KeyError, TypeError) as error:
+        raise AttestationError(f"the child's attestation lacks {error}") from error
+
+
+def compare(started_from: Manifest, disk: Manifest, attestation: Attestation) -> Verdict:
+    """Compare what a child executed with what it was started from and with what stands on disk."""
+    rows = [
+        ModuleVerdict(
+            module.name,
+            module.path,
+            disk.sources.get(module.path),
+            module.sha256,
+            _judge(module, started_from.sources.get(module.path), disk.sources.get(module.path)),
+        )
+        for module in attestation.modules
+    ]
+    return Verdict(tuple(sorted(rows, key=lambda row: (row.path, row.name))))
+
+
+def _judge(module: Executed, pinned: str | None, on_disk: str | None) -> ModuleState:
+    if module.sha256 is None:
+        return "unpinned"
+    if module.sha256 != pinned:
+        return "mismatch"
+    return "match" if module.sha256 == on_disk else "outdated"
