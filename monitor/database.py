@@ -1,0 +1,181 @@
+"""The connection to PostgreSQL: opening it, running named statements, and saying what went wrong.
+
+The rule: nothing depends on the session. Production URLs are often transaction poolers, behind which session
+locks, LISTEN, SET and server-side prepared statements do not survive; so each statement is either alone or
+inside one `transaction()`, and `prepare_threshold=None` keeps the driver from preparing.
+
+Errors of the driver become ours here and nowhere else, by what somebody can do about them: wait
+(`StoreUnavailableError`), change the database (`StoreSchemaError`), or look at the message
+(`psycopg.DataError` and `psycopg.IntegrityError` pass through, the store decides). A text of the server is
+quoted; the URL never is, nor anything that could be a part of its password.
+
+Rejected: an ORM and a pool. There is one connection, in one thread, and every statement is in `queries.sql`.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from monitor.errors import ConfigError, StoreError, StoreSchemaError, StoreUnavailableError
+from monitor.settings import DatabaseUrl
+
+# A serverless database needs up to five seconds to wake; the watchdog's default is fifteen.
+_CONNECT_TIMEOUT_SECONDS = 10
+_KEEPALIVE_SECONDS = 5
+_NAME = "-- name: "
+
+Parameters = Mapping[str, object]
+
+
+def load_queries(path: Path) -> dict[str, bytes]:
+    """Read the named statements of a file: `-- name: NAME` begins one, the next such line ends it."""
+    queries: dict[str, bytes] = {}
+    for block in path.read_text(encoding="utf-8").split(_NAME)[1:]:
+        name, _, statement = block.partition("\n")
+        queries[name.strip()] = statement.strip().encode()
+    return queries
+
+
+_QUERIES = load_queries(Path(__file__).with_name("queries.sql"))
+
+
+class Database:
+    """One connection. Methods raise `StoreError` subclasses, and let data and integrity errors through."""
+
+    def __init__(self, connection: psycopg.Connection[tuple[Any, ...]], place: str) -> None:
+        self._connection = connection
+        self.place = place
+        """`host:port/name`, for people: what the log and the status line may show."""
+
+    @classmethod
+    def connect(cls, url: DatabaseUrl) -> "Database":
+        """Open the connection.
+
+        Raises `ConfigError` for a URL that is none, `StoreUnavailableError` when nobody answers or lets us
+        in.
+        """
+        parameters = _parameters(url)
+        place = _place(parameters)
+        try:
+            connection = psycopg.connect(
+                make_conninfo("", **parameters), autocommit=True, prepare_threshold=None
+            )
+        except psycopg.Error as error:
+            raise StoreUnavailableError(
+                f"PostgreSQL at {place} cannot be reached ({_reason(error, parameters)});"
+                " check that it runs and that DATABASE_URL names it"
+            ) from None
+        return cls(connection, place)
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Run the block in one transaction, or in a savepoint of the one that is open."""
+        with self._explained(), self._connection.transaction():
+            yield
+
+    def rows(self, name: str, parameters: Parameters | None = None) -> list[tuple[Any, ...]]:
+        """Run the named statement and return its rows."""
+        with self._explained(), self._connection.cursor() as cursor:
+            return cursor.execute(_QUERIES[name], parameters).fetchall()
+
+    def run(self, name: str, parameters: Parameters | None = None) -> int:
+        """Run the named statement and return how many rows it touched."""
+        with self._explained(), self._connection.cursor() as cursor:
+            return cursor.execute(_QUERIES[name], parameters).rowcount
+
+    def rows_of_each(self, name: str, parameters: Sequence[Parameters]) -> list[tuple[Any, ...] | None]:
+        """Run the named statement once for each item, in order, in one round trip; return each first row."""
+        if not parameters:
+            return []
+        with self._explained(), self._connection.cursor() as cursor:
+            cursor.executemany(_QUERIES[name], parameters, returning=True)
+            return [result.fetchone() for result in cursor.results()]
+
+    def script(self, text: bytes) -> None:
+        """Run a migration: several statements, without parameters."""
+        with self._explained():
+            self._connection.execute(text)
+
+    def close(self) -> None:
+        """Close the connection; a transaction that is open is rolled back by the server."""
+        self._connection.close()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn the driver's errors into ours."""
+        try:
+            yield
+        except (psycopg.DataError, psycopg.IntegrityError):
+            raise
+        except psycopg.ProgrammingError as error:
+            raise StoreSchemaError(
+                f"database {self.place} refuses a statement ({_first_line(error)});"
+                " its tables or rights differ from what the monitor needs"
+            ) from error
+        except psycopg.Error as error:
+            raise StoreUnavailableError(
+                f"PostgreSQL at {self.place} failed ({_first_line(error)});"
+                " nothing was written, it is tried again"
+            ) from error
+
+
+def connect(url: DatabaseUrl | None) -> Database:
+    """Open the connection that the settings name; without a URL, say what can be done."""
+    if url is None:
+        raise ConfigError(
+            "no database given; set DATABASE_URL or --database-url,"
+            " or use `wa-monitor run` or `wa-monitor demo`, which start an embedded PostgreSQL"
+        )
+    return Database.connect(url)
+
+
+def error_reason(error: psycopg.Error) -> str:
+    """Return the driver's reason in one line, without the values that it quotes in its detail."""
+    return error.diag.message_primary or _first_line(error)
+
+
+def _parameters(url: DatabaseUrl) -> dict[str, Any]:
+    """Split the URL, or refuse it without quoting any of it."""
+    try:
+        parameters = dict(conninfo_to_dict(url.reveal()))
+    except psycopg.Error:
+        raise ConfigError(
+            "DATABASE_URL is not a PostgreSQL URL; write postgresql://USER:PASSWORD@HOST:PORT/NAME, special"
+            " characters in it percent-encoded"
+        ) from None
+    if any("@" in str(parameters.get(key, "")) for key in ("host", "port", "dbname")):
+        # An unescaped @ or / in the password: parts of it would pass for host, port or name in every error
+        # text.
+        raise ConfigError("DATABASE_URL is ambiguous; percent-encode @ : / ? # in its password (%40 for @)")
+    parameters.setdefault("connect_timeout", _CONNECT_TIMEOUT_SECONDS)
+    parameters.setdefault("application_name", "wa-monitor")
+    parameters.setdefault("keepalives_idle", _KEEPALIVE_SECONDS)
+    parameters.setdefault("keepalives_interval", _KEEPALIVE_SECONDS)
+    parameters["client_encoding"] = "utf8"
+    return parameters
+
+
+def _place(parameters: Mapping[str, Any]) -> str:
+    host = parameters.get("host") or parameters.get("hostaddr") or "local socket"
+    return (
+        f"{host}:{parameters.get('port') or 5432}/{parameters.get('dbname') or parameters.get('user') or ''}"
+    )
+
+
+def _reason(error: psycopg.Error, parameters: Mapping[str, Any]) -> str:
+    """Return why the connection failed; libpq does not print passwords, and this makes sure of it."""
+    text = _first_line(error)
+    password = parameters.get("password")
+    return text.replace(str(password), "***") if password else text
+
+
+def _first_line(error: psycopg.Error) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0]
+
+
+__all__ = ["Database", "StoreError", "connect", "error_reason", "load_queries"]

@@ -1,0 +1,270 @@
+-- Every statement of the monitor, each under its name. Names of tables are written in full and nothing depends on
+-- the session (no SET, LISTEN, session lock, temporary table), so that a transaction pooler may stand in between.
+
+-- name: migrated_version
+-- The newest migration that was applied; the table must exist.
+SELECT coalesce(max(version), 0) FROM wa_monitor.migration
+
+-- name: table_exists
+SELECT to_regclass(%(table)s) IS NOT NULL
+
+-- name: lock_migrations
+-- Two monitors that start at once must not create the same tables; the lock ends with the transaction.
+SELECT pg_advisory_xact_lock(7205759403792793)
+
+-- name: record_migration
+INSERT INTO wa_monitor.migration (version) VALUES (%(version)s)
+
+-- name: review_columns
+-- What the dashboard's table looks like here.
+SELECT column_name::text, data_type::text
+FROM information_schema.columns
+WHERE table_schema = 'public' AND table_name = 'qa_photo_reviews'
+
+-- name: look
+-- Who owns the cursor and where it stands, without locking anything. Whether the lease has run out is the database's
+-- judgement, since hosts' clocks differ.
+SELECT epoch, owner_host, owner_pid, owner_started, released,
+       renewed_at + make_interval(secs => lease_seconds) < clock_timestamp() AS expired,
+       renewed_at, place_rowid, place_key, place_chat_jid, place_file, since, totals, created_at
+FROM wa_monitor.cursor
+WHERE source = %(source)s
+
+-- name: begin
+-- The first start ever for this source. Of two first starts one wins.
+INSERT INTO wa_monitor.cursor (source, epoch, owner_host, owner_pid, owner_started, owner_generation, owner_tree,
+                               released, renewed_at, lease_seconds,
+                               place_rowid, place_key, place_chat_jid, place_file, since)
+VALUES (%(source)s, 0, %(host)s, %(pid)s, %(started)s, %(generation)s, %(tree)s, true, clock_timestamp(), %(lease)s,
+        %(rowid)s, %(key)s, %(chat_jid)s, %(file)s, %(since)s)
+ON CONFLICT (source) DO NOTHING
+
+-- name: limit_lock_wait
+-- For the current transaction only: a frozen owner must not freeze the one that wants to take over.
+SELECT set_config('lock_timeout', '1s', true)
+
+-- name: claim
+-- Take over from the owner that was seen. Any sign of life in between (a renewal, another take-over) makes this a no-op.
+UPDATE wa_monitor.cursor
+SET epoch = epoch + 1, owner_host = %(host)s, owner_pid = %(pid)s, owner_started = %(started)s,
+    owner_generation = %(generation)s, owner_tree = %(tree)s, released = false,
+    renewed_at = clock_timestamp(), lease_seconds = %(lease)s
+WHERE source = %(source)s AND epoch = %(epoch)s AND renewed_at = %(renewed_at)s
+RETURNING epoch
+
+-- name: renew
+UPDATE wa_monitor.cursor SET renewed_at = clock_timestamp() WHERE source = %(source)s AND epoch = %(epoch)s
+
+-- name: release
+-- The owner has finished; the next one need not wait for anything.
+UPDATE wa_monitor.cursor SET released = true WHERE source = %(source)s AND epoch = %(epoch)s
+
+-- name: lock
+-- The first statement of every write: holds the cursor row until the commit. No row: somebody else has the epoch.
+-- A client that stops in mid-transaction is disconnected by the server after the lease, so that the row is free again.
+SELECT place_rowid, totals,
+       set_config('idle_in_transaction_session_timeout', %(idle_timeout)s, true)
+FROM wa_monitor.cursor
+WHERE source = %(source)s AND epoch = %(epoch)s
+FOR UPDATE
+
+-- name: move
+-- The last statement of every write: the new place and the new totals, in the transaction of what they count.
+UPDATE wa_monitor.cursor
+SET place_rowid = %(rowid)s, place_key = %(key)s, place_chat_jid = %(chat_jid)s, place_file = %(file)s,
+    totals = %(totals)s, renewed_at = clock_timestamp()
+WHERE source = %(source)s AND epoch = %(epoch)s
+
+-- name: set_totals
+UPDATE wa_monitor.cursor SET totals = %(totals)s, renewed_at = clock_timestamp()
+WHERE source = %(source)s AND epoch = %(epoch)s
+
+-- name: known_messages
+-- Which of these messages are in the ledger, and with what content.
+SELECT chat_jid, message_key, content_hash
+FROM wa_monitor.message
+JOIN unnest(%(chat_jids)s::text[], %(keys)s::text[]) AS asked (chat_jid, message_key) USING (chat_jid, message_key)
+WHERE source = %(source)s
+
+-- name: known_events
+-- Which drops of these messages are stored already (an edited message is only good for its new ones).
+SELECT chat_jid, message_key, drop_number
+FROM wa_monitor.drop_event
+JOIN unnest(%(chat_jids)s::text[], %(keys)s::text[]) AS asked (chat_jid, message_key) USING (chat_jid, message_key)
+WHERE source = %(source)s
+
+-- name: standing_drops
+-- Which of these drops have a row, in whatever project.
+SELECT DISTINCT drop_number::text, project::text FROM public.qa_photo_reviews WHERE drop_number = ANY (%(numbers)s)
+
+-- name: insert_reviews
+-- New drops. What the row holds after the write comes back and is judged.
+INSERT INTO public.qa_photo_reviews
+    (drop_number, user_name, submitted_by, project, whatsapp_message_date, review_date, comment)
+SELECT * FROM unnest(%(numbers)s::text[], %(user_names)s::text[], %(submitted_bys)s::text[], %(projects)s::text[],
+                     %(sent_ats)s::timestamptz[], %(days)s::date[], %(comments)s::text[])
+RETURNING drop_number::text, project::text, id::text, submitted_by::text, user_name::text
+
+-- name: resubmit_review
+-- The same drop again: the review starts over, its steps stay, and so does the day it counts for. The sender changes
+-- only if the new one has a phone. Of several rows (one a day, as the unique key allows) the newest is meant.
+UPDATE public.qa_photo_reviews
+SET incomplete = false, feedback_sent = NULL, resubmitted = true, updated_at = now(),
+    comment = concat_ws(E'\n', nullif(comment, ''), %(note)s::text),
+    submitted_by = coalesce(%(submitted_by)s::text, submitted_by),
+    user_name = CASE WHEN %(submitted_by)s::text IS NULL THEN user_name ELSE %(user_name)s::text END
+WHERE id = (SELECT id FROM public.qa_photo_reviews
+            WHERE drop_number = %(number)s AND project = ANY (%(projects)s)
+            ORDER BY review_date DESC NULLS LAST, created_at DESC LIMIT 1)
+RETURNING drop_number::text, project::text, id::text, submitted_by::text, user_name::text
+
+-- name: insert_events
+INSERT INTO wa_monitor.drop_event
+    (source, chat_jid, message_key, drop_number, project, drop_space, kind, stored_as, sender, lid, phone, reason,
+     review_id, sent_at, tree, generation)
+SELECT %(source)s, event.*, %(tree)s, %(generation)s
+FROM unnest(%(chat_jids)s::text[], %(keys)s::text[], %(numbers)s::text[], %(projects)s::text[], %(spaces)s::text[],
+            %(kinds)s::text[], %(stored_as)s::text[], %(senders)s::text[], %(lids)s::text[], %(phones)s::text[],
+            %(reasons)s::text[], %(review_ids)s::text[], %(sent_ats)s::timestamptz[]) AS event
+
+-- name: insert_pending
+INSERT INTO wa_monitor.pending (source, chat_jid, message_key, drop_number, project, sender, lid, review_id)
+SELECT %(source)s, waiting.*
+FROM unnest(%(chat_jids)s::text[], %(keys)s::text[], %(numbers)s::text[], %(projects)s::text[], %(senders)s::text[],
+            %(lids)s::text[], %(review_ids)s::text[]) AS waiting
+
+-- name: drop_pending_of_reviews
+-- Somebody with a phone took these rows over; nobody waits for them any more.
+DELETE FROM wa_monitor.pending WHERE review_id = ANY (%(review_ids)s)
+
+-- name: record_messages
+-- The ledger. An edit or a message that could be stored after all replaces what was known.
+INSERT INTO wa_monitor.message
+    (source, chat_jid, message_key, content_hash, outcome, project, sent_at, tree, generation)
+SELECT %(source)s, done.*, %(tree)s, %(generation)s
+FROM unnest(%(chat_jids)s::text[], %(keys)s::text[], %(hashes)s::text[], %(outcomes)s::text[], %(projects)s::text[],
+            %(sent_ats)s::timestamptz[]) AS done
+ON CONFLICT (source, chat_jid, message_key) DO UPDATE
+SET content_hash = excluded.content_hash, outcome = excluded.outcome, project = excluded.project,
+    sent_at = excluded.sent_at, tree = excluded.tree, generation = excluded.generation, decided_at = now()
+
+-- name: record_dead_letters
+INSERT INTO wa_monitor.dead_letter (source, chat_jid, message_key, project, reason, tree, generation)
+SELECT %(source)s, dead.*, %(tree)s, %(generation)s
+FROM unnest(%(chat_jids)s::text[], %(keys)s::text[], %(projects)s::text[], %(reasons)s::text[]) AS dead
+ON CONFLICT (source, chat_jid, message_key) DO UPDATE
+SET reason = excluded.reason, tree = excluded.tree, generation = excluded.generation, failed_at = now()
+
+-- name: remember_mappings
+INSERT INTO wa_monitor.lid_seen (lid, phone)
+SELECT * FROM unnest(%(lids)s::text[], %(phones)s::text[])
+ON CONFLICT DO NOTHING
+
+-- name: pending
+-- Everything that waits for the map, oldest first, so that of two senders of one row the first to have posted wins.
+SELECT chat_jid, message_key, drop_number, project, sender, review_id
+FROM wa_monitor.pending
+WHERE source = %(source)s
+ORDER BY since, chat_jid, message_key
+
+-- name: complete_review
+-- The map knows the sender now. Guarded: a row that has got a sender meanwhile keeps it. Nothing else is touched, not
+-- even updated_at, because nobody resubmitted anything.
+UPDATE public.qa_photo_reviews
+SET submitted_by = %(phone)s,
+    user_name = CASE WHEN user_name = ANY (%(placeholders)s) THEN %(phone)s ELSE user_name END
+WHERE drop_number = %(number)s AND id::text = %(review_id)s AND submitted_by IS NULL
+RETURNING submitted_by::text, user_name::text
+
+-- name: complete_event
+UPDATE wa_monitor.drop_event
+SET phone = coalesce(phone, %(phone)s), resolved_at = now(), resolved_tree = %(tree)s
+WHERE source = %(source)s AND chat_jid = %(chat_jid)s AND message_key = %(key)s AND drop_number = %(number)s
+
+-- name: delete_pending
+DELETE FROM wa_monitor.pending
+WHERE source = %(source)s AND chat_jid = %(chat_jid)s AND message_key = %(key)s AND drop_number = %(number)s
+
+-- name: count_lid_rows
+-- How many rows hold a LID now, by project: either column, with or without an address around the digits.
+SELECT coalesce(project, '')::text, count(*)
+FROM public.qa_photo_reviews
+WHERE split_part(split_part(submitted_by, '@', 1), ':', 1) IN (SELECT unnest(%(lids)s::text[]))
+   OR split_part(split_part(user_name, '@', 1), ':', 1) IN (SELECT unnest(%(lids)s::text[]))
+GROUP BY 1
+
+-- name: count_pending
+SELECT count(*) FROM wa_monitor.pending WHERE source = %(source)s
+
+-- name: count_repaired
+SELECT count(*) FROM wa_monitor.repair
+
+-- name: lid_rows_to_repair
+-- The next rows that hold a LID which the map can resolve, locked until the batch is committed.
+SELECT id::text, drop_number::text, coalesce(project, '')::text, submitted_by::text, user_name::text
+FROM public.qa_photo_reviews
+WHERE id::text > %(after)s
+  AND (split_part(split_part(submitted_by, '@', 1), ':', 1) IN (SELECT unnest(%(lids)s::text[]))
+       OR split_part(split_part(user_name, '@', 1), ':', 1) IN (SELECT unnest(%(lids)s::text[])))
+ORDER BY id::text
+LIMIT %(limit)s
+FOR UPDATE
+
+-- name: lid_rows_to_show
+-- The same without the locks, for a run that changes nothing.
+SELECT id::text, drop_number::text, coalesce(project, '')::text, submitted_by::text, user_name::text
+FROM public.qa_photo_reviews
+WHERE id::text > %(after)s
+  AND (split_part(split_part(submitted_by, '@', 1), ':', 1) IN (SELECT unnest(%(lids)s::text[]))
+       OR split_part(split_part(user_name, '@', 1), ':', 1) IN (SELECT unnest(%(lids)s::text[])))
+ORDER BY id::text
+LIMIT %(limit)s
+
+-- name: repair_review
+-- Guarded by what was read: a row that changed meanwhile is left for the next run. Two columns, nothing else.
+UPDATE public.qa_photo_reviews
+SET submitted_by = %(new_submitted_by)s, user_name = %(new_user_name)s
+WHERE drop_number = %(drop_number)s AND id::text = %(review_id)s
+  AND submitted_by IS NOT DISTINCT FROM %(old_submitted_by)s AND user_name IS NOT DISTINCT FROM %(old_user_name)s
+
+-- name: record_repair
+INSERT INTO wa_monitor.repair (run_id, review_id, drop_number, project, old_submitted_by, new_submitted_by,
+                               old_user_name, new_user_name)
+VALUES (%(run_id)s, %(review_id)s, %(drop_number)s, %(project)s, %(old_submitted_by)s, %(new_submitted_by)s,
+        %(old_user_name)s, %(new_user_name)s)
+
+-- name: doubtful_rows
+-- Rows whose sender may be a LID that the map does not have: an address at a LID server, or very many digits.
+SELECT drop_number::text, coalesce(project, '')::text, submitted_by::text, user_name::text
+FROM public.qa_photo_reviews
+WHERE submitted_by ~ '@(hosted\.)?lid$' OR user_name ~ '@(hosted\.)?lid$'
+   OR submitted_by ~ '^[0-9]{13,20}$' OR user_name ~ '^[0-9]{13,20}$'
+ORDER BY 2, 1
+
+-- name: audit_standing
+-- The LIDs that stand in the table now, with the code that stored each (none for a row that no message of ours
+-- explains), by project and code.
+SELECT coalesce(review.project, '')::text, event.tree, min(event.stored_at), count(*)
+FROM public.qa_photo_reviews AS review
+LEFT JOIN LATERAL (SELECT coalesce(resolved_tree, tree) AS tree, coalesce(resolved_at, stored_at) AS stored_at
+                   FROM wa_monitor.drop_event
+                   WHERE review_id = review.id::text
+                   ORDER BY 2 DESC LIMIT 1) AS event ON true
+WHERE split_part(split_part(review.submitted_by, '@', 1), ':', 1) IN (SELECT unnest(%(lids)s::text[]))
+   OR split_part(split_part(review.user_name, '@', 1), ':', 1) IN (SELECT unnest(%(lids)s::text[]))
+GROUP BY 1, 2
+ORDER BY 1, 2
+
+-- name: audit_newly_stored
+-- Drops that were judged to hold a LID at the moment they were stored, by project and code.
+SELECT project, tree, min(stored_at), max(stored_at), count(*)
+FROM wa_monitor.drop_event
+WHERE stored_as = 'lid'
+GROUP BY 1, 2
+ORDER BY 1, 2
+
+-- name: audit_pending
+SELECT project, lid IS NOT NULL, count(*), min(since) FROM wa_monitor.pending GROUP BY 1, 2 ORDER BY 1, 2
+
+-- name: audit_dead_letters
+SELECT coalesce(project, ''), reason, count(*), max(failed_at) FROM wa_monitor.dead_letter GROUP BY 1, 2 ORDER BY 1, 2

@@ -1,0 +1,55 @@
+"""Exact totals of what was stored, committed together with the rows they count.
+
+The rule: a total is kept in the cursor row and never in memory alone. After a SIGKILL at any moment the row
+says what is true, and the metrics are read from it. As a value it can be added (a batch) and subtracted
+(what a process found when it came).
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+DropSeries = tuple[str, str, str]
+"""Project, judgement, kind: the labels of `wa_monitor_drops_stored_total`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Counts since the cursor was created, or the difference between two such states."""
+
+    drops: Counter[DropSeries] = field(default_factory=Counter)
+    messages: Counter[str] = field(default_factory=Counter)
+    """By project; messages of other chats are not counted."""
+    resolved: int = 0
+    """Senders that were pending and got their phone from the map."""
+
+    def __add__(self, other: "Totals") -> "Totals":
+        """Return the totals after another batch."""
+        return Totals(
+            self.drops + other.drops, self.messages + other.messages, self.resolved + other.resolved
+        )
+
+    def __sub__(self, earlier: "Totals") -> "Totals":
+        """Return what was added since `earlier`."""
+        return Totals(
+            self.drops - earlier.drops, self.messages - earlier.messages, self.resolved - earlier.resolved
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the form that the column `totals` holds."""
+        return {
+            "drops": [[*series, count] for series, count in sorted(self.drops.items())],
+            "messages": dict(sorted(self.messages.items())),
+            "resolved": self.resolved,
+        }
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> "Totals":
+        """Read what `to_json` wrote; an empty document is zero."""
+        return cls(
+            Counter(
+                {(project, judgement, kind): n for project, judgement, kind, n in document.get("drops", [])}
+            ),
+            Counter(document.get("messages", {})),
+            document.get("resolved", 0),
+        )
