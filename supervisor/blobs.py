@@ -1,11 +1,12 @@
-"""Blobs: source bytes kept under their sha256, so that a generation always gets the bytes it was started from.
+"""Blobs: source bytes kept under their sha256, so that a generation always gets the bytes it was started
+from.
 
-The rule: what is read back has the digest that was asked for, or an error is raised. A blob is written once, to a
-temporary name that is renamed, so a reader never sees half of one. The manifests that children start from lie beside
-the blobs, each under its tree digest.
+The rule: what is read back has the digest that was asked for, or an error is raised. A blob is written once,
+to a temporary name that is renamed, so a reader never sees half of one. The manifests that children start
+from lie beside the blobs, each under its tree digest.
 
-Rejected: handing the sources to the child in its start message (20,000 files are megabytes on each start), and git's
-object store (the tree need not be a repository, and its owner may be another user).
+Rejected: handing the sources to the child in its start message (20,000 files are megabytes on each start),
+and git's object store (the tree need not be a repository, and its owner may be another user).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Bytecode: the stage between manifest and launch. Starts the compile helper and reads its report.
 
-The rule: the main loop never compiles and never waits. :class:`CompileJob` is a process whose output the loop collects
-when it is readable; a job that outlives its deadline is killed and counts as a rejection of the tree.
+The rule: the main loop never compiles and never waits. :class:`CompileJob` is a process whose output the loop
+collects when it is readable; a job that outlives its deadline is killed and counts as a rejection of the
+tree.
 
 Source: :mod:`supervisor.compiler` says what is purged and why.
 """
@@ -32,11 +33,12 @@ class BytecodeReport:
     """What the helper did.
 
     Attributes:
-        error: one sentence about the first source that is no valid Python, or about the helper's own end; None if all is
+        error: one sentence about the first source that is no valid Python, or about the helper's own end;
+        None if all is
             well. Nothing was purged or compiled then.
-        purged: absolute paths of the bytecode files that were removed.
-        compiled_total: how many were written.
-        unwritable: absolute paths that could be neither removed nor written: other processes may read stale bytecode.
+        purged: absolute paths of the bytecode files that were removed. compiled_total: how many were written.
+        unwritable: absolute paths that could be neither removed nor written: other processes may read stale
+        bytecode.
     """
 
     error: str | None

@@ -1,7 +1,8 @@
 """Command line: arguments to settings to exit code.
 
-The rule: an error is one sentence on stderr and the exit code of the contract; nobody sees a traceback for a mistake of
-their own. Tables and colour only for people: ``--json`` prints the documents of :mod:`supervisor.status` unchanged.
+The rule: an error is one sentence on stderr and the exit code of the contract; nobody sees a traceback for a
+mistake of their own. Tables and colour only for people: ``--json`` prints the documents of
+:mod:`supervisor.status` unchanged.
 
 ``run`` takes everything from TARGET on as the target's own, so its flags never mix with ours.
 """

@@ -1,18 +1,21 @@
-"""The compile helper: purges stale bytecode, judges the syntax of sources, writes checked-hash bytecode. Runs and ends.
+"""The compile helper: purges stale bytecode, judges the syntax of sources, writes checked-hash bytecode. Runs
+and ends.
 
-A process of its own because ``compile()`` holds the GIL: five megabytes of small functions take over a minute and most of
-a gigabyte. It is run as a file with the standard library only, under limits of time and memory that it sets on itself;
-what it cannot finish ends the helper and not the supervisor. Request: a JSON file named on the command line. Report: one
-JSON object on stdout.
+A process of its own because ``compile()`` holds the GIL: five megabytes of small functions take over a minute
+and most of a gigabyte. It is run as a file with the standard library only, under limits of time and memory
+that it sets on itself; what it cannot finish ends the helper and not the supervisor. Request: a JSON file
+named on the command line. Report: one JSON object on stdout.
 
-The rule: **the verdict is about the pinned bytes**, the bytecode is for others. A source is judged by compiling its blob.
-The ``.pyc`` beside the file on disk is there for every *other* process that runs this tree (a cron job, a plain restart):
-it is written by ``py_compile`` in CHECKED_HASH mode, so the importer compares it with the source itself and an edit in
-between cannot make it stale. A folder that may not be written is reported, it is no failure: our children read no ``.pyc``.
+The rule: **the verdict is about the pinned bytes**, the bytecode is for others. A source is judged by
+compiling its blob. The ``.pyc`` beside the file on disk is there for every *other* process that runs this
+tree (a cron job, a plain restart): it is written by ``py_compile`` in CHECKED_HASH mode, so the importer
+compares it with the source itself and an edit in between cannot make it stale. A folder that may not be
+written is reported, it is no failure: our children read no ``.pyc``.
 
-What is stale: any ``.pyc`` that the importer would trust without reading the source (timestamp or unchecked hash), one whose
-hash is not that of the source, one whose source is gone. A ``.pyc`` *beside* the sources is removed only where a source of
-that name is or was: elsewhere it may be a module that is shipped without source.
+What is stale: any ``.pyc`` that the importer would trust without reading the source (timestamp or unchecked
+hash), one whose hash is not that of the source, one whose source is gone. A ``.pyc`` *beside* the sources is
+removed only where a source of that name is or was: elsewhere it may be a module that is shipped without
+source.
 
 Source: PEP 552, https://docs.python.org/3/library/py_compile.html.
 """

@@ -1,12 +1,13 @@
 """Control: the socket that the commands speak to, and the client's end of it.
 
-One line of JSON per request, one per answer, each with the version of the protocol. A request that takes time (``reload``,
-``stop``, ``verify``) is answered when it has an outcome; the connection waits, the loop does not.
+One line of JSON per request, one per answer, each with the version of the protocol. A request that takes time
+(``reload``, ``stop``, ``verify``) is answered when it has an outcome; the connection waits, the loop does
+not.
 
-The rules: only the owner of the supervisor and root get an answer (SO_PEERCRED; the socket has mode 0600, too); a line over
-the limit, a line that is no request, or a client that does not read its answer costs that client its connection and nobody
-else anything; one supervisor per runtime directory, held by a lock on a file that the kernel releases with the process, so a
-socket left by a dead one is simply replaced.
+The rules: only the owner of the supervisor and root get an answer (SO_PEERCRED; the socket has mode 0600,
+too); a line over the limit, a line that is no request, or a client that does not read its answer costs that
+client its connection and nobody else anything; one supervisor per runtime directory, held by a lock on a file
+that the kernel releases with the process, so a socket left by a dead one is simply replaced.
 """
 
 from __future__ import annotations
@@ -69,9 +70,9 @@ class ControlServer:
     """Owns a runtime directory and hears the commands that come to it.
 
     Args:
-        directory: runtime directory; created with mode 0700.
-        selector: the main loop's; the server registers its own descriptors, with ``(handler,)`` as their data.
-        handle: called with the client and each request; answers now or later.
+        directory: runtime directory; created with mode 0700. selector: the main loop's; the server registers
+        its own descriptors, with ``(handler,)`` as their data. handle: called with the client and each
+        request; answers now or later.
 
     Raises:
         AlreadyRunningError: another supervisor owns the directory.

@@ -1,8 +1,9 @@
 """Errors of the supervisor: one base, and each says what happened, what still runs, what the operator does.
 
-The rule: an error that reaches the command line is one sentence naming what, where and what to do, and carries the
-exit code of the contract (1 refused or failed, 2 usage, 4 no supervisor answers). Nothing is raised for a broken *tree*
-while a child serves: that is an outcome of a reload (``rejected``), not an error of the supervisor.
+The rule: an error that reaches the command line is one sentence naming what, where and what to do, and
+carries the exit code of the contract (1 refused or failed, 2 usage, 4 no supervisor answers). Nothing is
+raised for a broken *tree* while a child serves: that is an outcome of a reload (``rejected``), not an error
+of the supervisor.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""Fleet: the processes behind the generations. Carries out what the lifecycle decided, and reports what happened.
+"""Fleet: the processes behind the generations. Carries out what the lifecycle decided, and reports what
+happened.
 
-The rule: it decides nothing. An action of the lifecycle becomes a process, a signal or a frame; a frame, a datagram or an
-exit becomes an event of the lifecycle. The numbers of generations are the only thing both sides speak of.
+The rule: it decides nothing. An action of the lifecycle becomes a process, a signal or a frame; a frame, a
+datagram or an exit becomes an event of the lifecycle. The numbers of generations are the only thing both
+sides speak of.
 
 One reaper: nobody else in the supervisor waits for a child.
 """

@@ -1,7 +1,8 @@
 """Git facts: which commit the tree stands at, and whether git is in the middle of changing it.
 
-The rule: read git's files, never run git: it refuses a repository of another owner, and ``git status`` may run filters and
-monitors that the repository's configuration names. Whether the tree is *dirty* is therefore not known here.
+The rule: read git's files, never run git: it refuses a repository of another owner, and ``git status`` may
+run filters and monitors that the repository's configuration names. Whether the tree is *dirty* is therefore
+not known here.
 
 Source: gitrepository-layout(5).
 """

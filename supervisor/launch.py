@@ -1,17 +1,20 @@
 """Launch: start one generation, and hold what is needed to speak to it, watch it and end it.
 
-The contract, whatever is inside (a cold interpreter now; a fork from a preloaded process can take its place without
-any caller noticing):
+The contract, whatever is inside (a cold interpreter now; a fork from a preloaded process can take its place
+without any caller noticing):
 
 - the supervisor is the child's **parent** and its only reaper; nobody calls ``wait`` but :func:`reap`;
 - a **pidfd** is held from the first moment, so that a signal never reaches a recycled pid;
-- the child leads its **own session and process group**: a whole family can be signalled, a terminal's Ctrl-C is ours alone;
+- the child leads its **own session and process group**: a whole family can be signalled, a terminal's Ctrl-C
+  is ours alone;
 - a **stream socket** connects both for start message, attestation and metrics; its end ends the child;
-- the **death signal** is set by the child itself, once the supervisor is its parent (see ``child/program.py``);
+- the **death signal** is set by the child itself, once the supervisor is its parent (see
+  ``child/program.py``);
 - it is called from the main thread: the death signal follows the parent *thread* (prctl(2)).
 
-Rejected: ``preexec_fn`` (runs Python between fork and exec of a process with threads), ``psutil.Process.wait`` (steals the
-exit status), ``multiprocessing`` (re-imports the parent's ``__main__``, leaves its own names in the child).
+Rejected: ``preexec_fn`` (runs Python between fork and exec of a process with threads),
+``psutil.Process.wait`` (steals the exit status), ``multiprocessing`` (re-imports the parent's ``__main__``,
+leaves its own names in the child).
 """
 
 from __future__ import annotations
@@ -69,8 +72,8 @@ class Child:
     """A started process. Owned by the main loop; closed by :func:`reap`.
 
     Attributes:
-        pid: its process id, also its session and process group.
-        pidfd: names the process for signals even after its pid could have been given away; None where the platform
+        pid: its process id, also its session and process group. pidfd: names the process for signals even
+        after its pid could have been given away; None where the platform
             has none (macOS), there the pid is used, which is safe until it is reaped.
         channel: non-blocking stream socket to it.
     """

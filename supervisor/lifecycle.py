@@ -10,23 +10,26 @@ Events go in, actions come out. A *generation* is one child process started from
 
 and there is at most one LIVE, and at most one of the first three, the *candidate*. The rules:
 
-- The live child is not touched before the candidate is attested: in ``overlap`` it is asked to stop when the candidate went
-  live, in ``replace`` when the candidate stands at its gate with everything imported.
-- In ``replace`` nobody is told to go while another child that was told to go still lives: never two live mains.
-- A candidate that fails costs the service nothing while the live child serves. If that one was already stopped, the last
-  good tree is started again, from its blobs: outcome ``rolled_back``.
-- A live child that ends without being asked is started again, from the same tree, after a backoff that doubles up to a cap
-  with jitter and is reset by a healthy spell. The supervisor never gives up and never storms.
+- The live child is not touched before the candidate is attested: in ``overlap`` it is asked to stop when the
+  candidate went live, in ``replace`` when the candidate stands at its gate with everything imported.
+- In ``replace`` nobody is told to go while another child that was told to go still lives: never two live
+  mains.
+- A candidate that fails costs the service nothing while the live child serves. If that one was already
+  stopped, the last good tree is started again, from its blobs: outcome ``rolled_back``.
+- A live child that ends without being asked is started again, from the same tree, after a backoff that
+  doubles up to a cap with jitter and is reset by a healthy spell. The supervisor never gives up and never
+  storms.
 - No wait is without a bound: every stage but LIVE has a deadline.
-- A live child found to run other code than its manifest's is replaced through the ordinary handover, once per tree.
+- A live child found to run other code than its manifest's is replaced through the ordinary handover, once per
+  tree.
 - The operator's stop beats everything: after it nothing is launched.
 
-Time is monotonic seconds, passed in with each event. Every event is defined in every state: one about a generation that
-is gone is ignored, because processes end while messages about them are on their way.
+Time is monotonic seconds, passed in with each event. Every event is defined in every state: one about a
+generation that is gone is ignored, because processes end while messages about them are on their way.
 
-Rejected: callbacks between objects that each own a piece of the state (gunicorn's arbiter, supervisord's subprocess):
-the interesting cases are those where two things happen at once, and only a pure function can be asked about all of them.
-The form is that of h11's ``_state.py``.
+Rejected: callbacks between objects that each own a piece of the state (gunicorn's arbiter, supervisord's
+subprocess): the interesting cases are those where two things happen at once, and only a pure function can be
+asked about all of them. The form is that of h11's ``_state.py``.
 """
 
 from __future__ import annotations
@@ -539,7 +542,8 @@ class _Step:
 
 
 def step(policy: Policy, state: State, event: Event, now: float) -> tuple[State, Sequence[Action]]:
-    """Return the state after an event and the actions that it asks for, in the order they are to be carried out.
+    """Return the state after an event and the actions that it asks for, in the order they are to be carried
+    out.
 
     Args:
         policy: the operator's rules.

@@ -1,20 +1,20 @@
 """Manifest: which source bytes the tree consists of, as one value.
 
-A *tree* is a set of roots; every ``*.py`` below them belongs to it. A *manifest* maps each relative path to the
-sha256 of the file's bytes, with one tree digest over all of them. A *snapshot* is a manifest with the stat tuples that
-it was taken at, so that the next one reads only what may have changed.
+A *tree* is a set of roots; every ``*.py`` below them belongs to it. A *manifest* maps each relative path to
+the sha256 of the file's bytes, with one tree digest over all of them. A *snapshot* is a manifest with the
+stat tuples that it was taken at, so that the next one reads only what may have changed.
 
-The rule: **content decides, stat tuples only save work**, and a stat tuple saves work only when it can be trusted. A
-tuple is (size, mtime_ns, ctime_ns, inode, device), compared for inequality: ``cp -p``, ``touch -r`` and ``rsync -t``
-restore the mtime, but none can restore the ctime. A file whose ctime is younger than the clock's grain when it was read
-could change again within the same tick, so its tuple is not kept and the next scan reads it again (git calls such
-entries *racily clean*: https://git-scm.com/docs/racy-git).
+The rule: **content decides, stat tuples only save work**, and a stat tuple saves work only when it can be
+trusted. A tuple is (size, mtime_ns, ctime_ns, inode, device), compared for inequality: ``cp -p``, ``touch
+-r`` and ``rsync -t`` restore the mtime, but none can restore the ctime. A file whose ctime is younger than
+the clock's grain when it was read could change again within the same tick, so its tuple is not kept and the
+next scan reads it again (git calls such entries *racily clean*: https://git-scm.com/docs/racy-git).
 
 Paths are relative to the common parent of the roots, so that one value describes one root or several. Virtual
 environments, ``.git``, ``node_modules`` and ``__pycache__`` belong to nobody's tree.
 
-Rejected: comparing mtimes for "newer" (misses restored backups and roll-backs), watchdog's directory snapshots (they
-compare mtimes), hashing everything on each scan (31 MB cost a third of a second).
+Rejected: comparing mtimes for "newer" (misses restored backups and roll-backs), watchdog's directory
+snapshots (they compare mtimes), hashing everything on each scan (31 MB cost a third of a second).
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class Tree:
     def files(self) -> Iterator[tuple[str, str]]:
         """Yield (relative path, absolute path) of every source, in no particular order.
 
-        Links to directories are followed, each real directory once. A root that does not exist yields nothing: it may
-        come back, and until then the manifest is short, which is a change.
+        Links to directories are followed, each real directory once. A root that does not exist yields
+        nothing: it may come back, and until then the manifest is short, which is a change.
         """
         base = self.base
         seen: set[str] = set()
@@ -181,7 +181,7 @@ def _read(path: str) -> tuple[bytes, StatTuple] | None:
     """Return bytes and stat tuple of a file that held still while it was read, or None if it is gone."""
     for _ in range(_READ_ATTEMPTS):
         try:
-            with open(path, "rb") as file:  # noqa: PTH123 -- a hot path over thousands of plain strings
+            with open(path, "rb") as file:
                 before = os.fstat(file.fileno())
                 if not stat.S_ISREG(before.st_mode):
                     raise SourceError(path, "it is not a regular file")
@@ -236,7 +236,7 @@ def _is_editor_temporary(name: str) -> bool:
 
 def source_roots(paths: Collection[Path]) -> tuple[str, ...]:
     """Return the roots as absolute strings, sorted, without those that lie below another one."""
-    absolute = sorted({os.path.abspath(p) for p in paths})  # noqa: PTH100 -- resolve() would follow links
+    absolute = sorted({os.path.abspath(p) for p in paths})
     return tuple(
         path
         for path in absolute

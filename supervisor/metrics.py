@@ -1,14 +1,15 @@
 """Metrics: what Prometheus sees, the supervisor's own series and those of the child, on one endpoint.
 
-The rule for the child's series: **a total never goes down because a child was replaced or killed.** A child sends its
-registry once a second; for each counter and histogram series the supervisor keeps a base, the sum of what ended
-generations had last sent, and exports base plus the present values. A gauge says how things are *now*, so it comes from the
-generation that serves, and is gone with it.
+The rule for the child's series: **a total never goes down because a child was replaced or killed.** A child
+sends its registry once a second; for each counter and histogram series the supervisor keeps a base, the sum
+of what ended generations had last sent, and exports base plus the present values. A gauge says how things are
+*now*, so it comes from the generation that serves, and is gone with it.
 
-Series of the supervisor exist from 0, so that the first event ever is an increase. Names and labels: the contract of the
-project and https://prometheus.io/docs/practices/naming/.
+Series of the supervisor exist from 0, so that the first event ever is an increase. Names and labels: the
+contract of the project and https://prometheus.io/docs/practices/naming/.
 
-Rejected: prometheus_client's multiprocess mode (files that stay behind for every pid, slower with each restart).
+Rejected: prometheus_client's multiprocess mode (files that stay behind for every pid, slower with each
+restart).
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ import psutil
 from prometheus_client import (
     CollectorRegistry,
     Counter,
-    GCCollector,
     Gauge,
+    GCCollector,
     Histogram,
     PlatformCollector,
     ProcessCollector,
@@ -184,8 +185,8 @@ class ProcessSampler:
 class ChildMetrics(Collector):
     """The series of all generations as one.
 
-    The main loop updates it; scrapes read it from other threads. Each update replaces a whole tuple or dictionary that is
-    not altered afterwards, so that a scrape sees one state or the next.
+    The main loop updates it; scrapes read it from other threads. Each update replaces a whole tuple or
+    dictionary that is not altered afterwards, so that a scrape sees one state or the next.
     """
 
     def __init__(self) -> None:

@@ -1,11 +1,12 @@
 """sd_notify, both ways: upwards to systemd, and the socket that children report to.
 
-Upwards the package ``sdnotify`` knows where the socket is; sending is ours, because its own ``notify`` blocks for ever when
-the receiver stalls, drops text outside latin-1 and loses every message after the socket was made anew. The rule: a message
-is sent whole or counted as an error; it never blocks, never raises, and a newline inside a value never forges a variable.
+Upwards the package ``sdnotify`` knows where the socket is; sending is ours, because its own ``notify`` blocks
+for ever when the receiver stalls, drops text outside latin-1 and loses every message after the socket was
+made anew. The rule: a message is sent whole or counted as an error; it never blocks, never raises, and a
+newline inside a value never forges a variable.
 
-Downwards the rule is systemd's ``NotifyAccess=main``: a datagram counts only if the kernel says (SCM_CREDENTIALS) that the
-process it is about sent it.
+Downwards the rule is systemd's ``NotifyAccess=main``: a datagram counts only if the kernel says
+(SCM_CREDENTIALS) that the process it is about sent it.
 
 Source: sd_notify(3), unix(7).
 """

@@ -2,14 +2,15 @@
 
     watch ──> settle ──> manifest ──> bytecode ──> (lifecycle: launch, verify, handover)
 
-A *reload* is one way through it: it begins with the first sign of a change and ends with exactly one outcome, and its record
-says who asked, which paths, how long each stage took and why it ended as it did.
+A *reload* is one way through it: it begins with the first sign of a change and ends with exactly one outcome,
+and its record says who asked, which paths, how long each stage took and why it ended as it did.
 
 The rules:
 
-- No wait without a bound: a tree that never comes to rest is looked at after :data:`MAX_SETTLE_SECONDS`; only a running git
-  that holds its index holds us longer.
-- Same content as what is live or on its way: outcome ``unchanged``. Content decides, whatever caused the hint.
+- No wait without a bound: a tree that never comes to rest is looked at after :data:`MAX_SETTLE_SECONDS`; only
+  a running git that holds its index holds us longer.
+- Same content as what is live or on its way: outcome ``unchanged``. Content decides, whatever caused the
+  hint.
 - A newer change supersedes an older one at every stage; who waited for the older one waits for the newer one.
 - Nothing here touches the live child.
 

@@ -1,12 +1,15 @@
 """Service: wires the edges to the pipeline and the lifecycle, and turns the one event loop.
 
-The rule: **one thread decides.** Signals, file events, frames, datagrams, commands and deadlines all arrive in this loop;
-each becomes an event of the pipeline or of the lifecycle, whose actions are carried out before the next one is looked at.
-Other threads (the watcher's, HTTP's) only hand something over or read what was published.
+The rule: **one thread decides.** Signals, file events, frames, datagrams, commands and deadlines all arrive
+in this loop; each becomes an event of the pipeline or of the lifecycle, whose actions are carried out before
+the next one is looked at. Other threads (the watcher's, HTTP's) only hand something over or read what was
+published.
 
-Signals: SIGHUP reloads, SIGTERM and SIGINT stop. Handlers do nothing; the wake-up descriptor brings the number to the loop.
+Signals: SIGHUP reloads, SIGTERM and SIGINT stop. Handlers do nothing; the wake-up descriptor brings the
+number to the loop.
 
-Rejected: asyncio (its subprocess watcher is a second reaper, and every await is a place where the state may have changed).
+Rejected: asyncio (its subprocess watcher is a second reaper, and every await is a place where the state may
+have changed).
 """
 
 from __future__ import annotations

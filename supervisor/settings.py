@@ -1,8 +1,8 @@
 """Settings: what ``wa-supervisor run`` was asked for, validated once, then passed on as a value.
 
-Flags beat the TOML file, the file beats the defaults. **Every flag of ``run`` is a key of the file**, spelled the same
-(``ready-timeout = 30``); an unknown key or a wrong type is a :class:`UsageError` that names file and key. TARGET is looked
-up without importing it: the supervisor never runs code of the tree.
+Flags beat the TOML file, the file beats the defaults. **Every flag of ``run`` is a key of the file**, spelled
+the same (``ready-timeout = 30``); an unknown key or a wrong type is a :class:`UsageError` that names file and
+key. TARGET is looked up without importing it: the supervisor never runs code of the tree.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Status: what the supervisor says about itself, as the documents that the commands and ``/status.json`` show.
+"""Status: what the supervisor says about itself, as the documents that the commands and ``/status.json``
+show.
 
-The rule: *in sync* means proven: a live generation, attested, whose manifest is the manifest on disk. Everything else has
-a reason in words. Functions of what is passed in; the JSON is a contract.
+The rule: *in sync* means proven: a live generation, attested, whose manifest is the manifest on disk.
+Everything else has a reason in words. Functions of what is passed in; the JSON is a contract.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Verify: is the code that runs the code on disk? Three facts compared, one verdict.
 
-For each module the child executed: the sha256 it *executed*, the sha256 in the manifest it was *started from*, and the
-sha256 of the file *now on disk*. Executed and started-from differing is a **mismatch**: the child runs something it should
-not. Executed and disk differing is **outdated**: a reload is due or was rejected. A module of the tree that came in by any
-other way than the pinned loader is **unpinned**, which is a mismatch, too: nothing is known about its bytes.
+For each module the child executed: the sha256 it *executed*, the sha256 in the manifest it was *started
+from*, and the sha256 of the file *now on disk*. Executed and started-from differing is a **mismatch**: the
+child runs something it should not. Executed and disk differing is **outdated**: a reload is due or was
+rejected. A module of the tree that came in by any other way than the pinned loader is **unpinned**, which is
+a mismatch, too: nothing is known about its bytes.
 
 The rule: an answer is *match*, *mismatch* or *no answer*, and no answer never becomes either of the others.
 Comparing is pure: the bytes were hashed by those who read them.

@@ -1,14 +1,16 @@
 """Watch: file events as hints that something may have changed.
 
-The rule: **an event is a hint, content is the truth.** A handler only notes the path and wakes the main loop; what changed
-is decided by hashing, and a periodic scan finds what events missed. So a lost event costs a scan interval, never a stale
-service, and when there are no events at all (``polling``) everything still works, later.
+The rule: **an event is a hint, content is the truth.** A handler only notes the path and wakes the main loop;
+what changed is decided by hashing, and a periodic scan finds what events missed. So a lost event costs a scan
+interval, never a stale service, and when there are no events at all (``polling``) everything still works,
+later.
 
-Package ``watchdog`` reports opens and reads unless told otherwise, so hashing the tree would feed the watcher: only the
-kinds of events listed here are asked for. A queue overflow is only logged by it; the log is where it is counted from.
+Package ``watchdog`` reports opens and reads unless told otherwise, so hashing the tree would feed the
+watcher: only the kinds of events listed here are asked for. A queue overflow is only logged by it; the log is
+where it is counted from.
 
-Rejected: watchdog's pattern handlers and its debouncer (they changed their meaning between releases; settling is decided by
-the pipeline, which knows what else is under way).
+Rejected: watchdog's pattern handlers and its debouncer (they changed their meaning between releases; settling
+is decided by the pipeline, which knows what else is under way).
 """
 
 from __future__ import annotations
@@ -160,4 +162,4 @@ class _OverflowCounter(logging.Handler):
 def _concerns_sources(path: str, *, directory: bool) -> bool:
     if EXCLUDED_DIRECTORIES & set(path.split(os.sep)):
         return False
-    return directory or path.endswith(".py") or os.path.islink(path)  # noqa: PTH114 -- called for every event
+    return directory or path.endswith(".py") or os.path.islink(path)

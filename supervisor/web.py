@@ -1,11 +1,12 @@
 """Web: the HTTP endpoint, read only. Scrapes and probes; nothing here decides anything.
 
-The rule: **the main loop owes HTTP nothing and HTTP cannot hold it up.** The loop publishes a status; requests are answered
-in threads of their own from the last one. Their number and their time are bounded: over the bound a connection is closed at
-once, and a client that does not speak or does not read loses its connection after a few seconds.
+The rule: **the main loop owes HTTP nothing and HTTP cannot hold it up.** The loop publishes a status;
+requests are answered in threads of their own from the last one. Their number and their time are bounded: over
+the bound a connection is closed at once, and a client that does not speak or does not read loses its
+connection after a few seconds.
 
-Rejected: ``prometheus_client.start_http_server`` (all interfaces by default, a thread for each connection without limit or
-timeout, one raising collector turns the whole scrape into an error).
+Rejected: ``prometheus_client.start_http_server`` (all interfaces by default, a thread for each connection
+without limit or timeout, one raising collector turns the whole scrape into an error).
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class _Server(ThreadingHTTPServer):
         self._slots = threading.BoundedSemaphore(_MAX_CONNECTIONS)
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
-        super().__init__(address, handler)  # type: ignore[arg-type]
+        super().__init__(address, handler)
 
     def server_bind(self) -> None:
         """Bind without the reverse look-up of the name that the base class does, which may take seconds."""
@@ -121,7 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._status = status
         super().__init__(*args)
 
-    def do_GET(self) -> None:  # noqa: N802 -- the name is http.server's
+    def do_GET(self) -> None:
         """Answer GET (and HEAD, without a body)."""
         path = self.path.partition("?")[0]
         status = self._status()

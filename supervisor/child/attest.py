@@ -1,8 +1,8 @@
 """Attestation: what this process can prove about the code it runs.
 
-The rule: report what was done, not what was meant. ``executed`` comes from the loader that compiled the bytes; beside it
-stands every module in ``sys.modules`` whose file lies in the tree but that did not come through that loader
-(``unpinned``).
+The rule: report what was done, not what was meant. ``executed`` comes from the loader that compiled the
+bytes; beside it stands every module in ``sys.modules`` whose file lies in the tree but that did not come
+through that loader (``unpinned``).
 
 The nonce of the request is repeated in the answer, so that an earlier answer cannot be taken for a new one.
 """
@@ -24,9 +24,8 @@ def report(pins: Pins, nonce: str, main_thread: int) -> Frame:
     """Return the answer to one request for attestation.
 
     Args:
-        pins: the record of what was executed.
-        nonce: of the request.
-        main_thread: identity of the thread that runs the application; while it is inside an import, the answer says so.
+        pins: the record of what was executed. nonce: of the request. main_thread: identity of the thread that
+        runs the application; while it is inside an import, the answer says so.
     """
     loaded = dict(sys.modules)
     return {

@@ -1,8 +1,8 @@
 """Start of a child: load this folder under a private name and hand over to :mod:`.program`.
 
-Run as ``python bootstrap.py FD``. It is a file and not ``python -m supervisor…``, because that would put the name
-``supervisor`` into ``sys.modules`` of an application that may have a module of that name itself, and because ``-P`` or
-``-I`` would change ``sys.flags`` of the application.
+Run as ``python bootstrap.py FD``. It is a file and not ``python -m supervisor…``, because that would put the
+name ``supervisor`` into ``sys.modules`` of an application that may have a module of that name itself, and
+because ``-P`` or ``-I`` would change ``sys.flags`` of the application.
 """
 
 import sys

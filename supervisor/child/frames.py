@@ -1,10 +1,12 @@
 """Frames: JSON messages over the stream socket between the supervisor and one child, used by both ends.
 
 A frame is four bytes of length (big endian) and that many bytes of JSON, one object. A stream and not
-``SOCK_SEQPACKET``, because an attestation of thousands of modules is larger than a socket buffer, which bounds a packet.
+``SOCK_SEQPACKET``, because an attestation of thousands of modules is larger than a socket buffer, which
+bounds a packet.
 
-The rule: a length over :data:`LIMIT_BYTES` or a body that is not a JSON object is a :class:`FrameError`; the peer that
-sent it is not listened to again. The supervisor's end never blocks; the child's end blocks in a thread of its own.
+The rule: a length over :data:`LIMIT_BYTES` or a body that is not a JSON object is a :class:`FrameError`; the
+peer that sent it is not listened to again. The supervisor's end never blocks; the child's end blocks in a
+thread of its own.
 """
 
 from __future__ import annotations
@@ -65,7 +67,8 @@ class Decoder:
 
 
 def receive(connection: socket.socket, decoder: Decoder) -> list[Frame]:
-    """Block for at least one frame and return those that are complete; an empty list means that the peer is gone.
+    """Block for at least one frame and return those that are complete; an empty list means that the peer is
+    gone.
 
     Raises:
         FrameError: the peer sent something else.

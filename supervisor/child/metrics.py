@@ -1,7 +1,8 @@
 """The application's Prometheus metrics as plain data, if it uses ``prometheus_client`` at all.
 
-The rule: look, never import. An application that did not import the library pays nothing and sends nothing. Metrics of
-the process and of the interpreter are left out: the supervisor measures its child from outside, without its help.
+The rule: look, never import. An application that did not import the library pays nothing and sends nothing.
+Metrics of the process and of the interpreter are left out: the supervisor measures its child from outside,
+without its help.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ _ABOUT_THE_PROCESS = ("process_", "python_")
 def families() -> list[dict[str, Any]] | None:
     """Return the metric families of the default registry, or None where the application has no such library.
 
-    Each is ``{name, documentation, type, samples: [[name, labels, value], …]}``. A collector of the application that
-    raises costs its scrape, not the application: the answer is then one family that says so.
+    Each is ``{name, documentation, type, samples: [[name, labels, value], …]}``. A collector of the
+    application that raises costs its scrape, not the application: the answer is then one family that says so.
     """
     library = sys.modules.get("prometheus_client")
     registry = getattr(library, "REGISTRY", None)

@@ -1,18 +1,19 @@
 """Pinned imports: modules of the tree come from the bytes of the manifest, and from nowhere else.
 
-The invariant: **a source of the tree that this process executes was read from a blob of its manifest, its sha256
-was checked before it was compiled, and it is on record**. So one process can never mix two versions: not by a lazy import
-an hour after the file changed, not when it is broken or gone by then, and not through a stale ``.pyc``, because no ``.pyc``
-of the tree is ever read.
+The invariant: **a source of the tree that this process executes was read from a blob of its manifest, its
+sha256 was checked before it was compiled, and it is on record**. So one process can never mix two versions:
+not by a lazy import an hour after the file changed, not when it is broken or gone by then, and not through a
+stale ``.pyc``, because no ``.pyc`` of the tree is ever read.
 
-How: a path hook (PEP 302) in front of the ordinary one claims the directories that belong to the tree, and only those, so
-``sys.path`` order, relative entries, packages and namespace packages work as they always do, and modules outside the tree
-never come near this code. Extension modules inside the tree are left to the ordinary finder.
+How: a path hook (PEP 302) in front of the ordinary one claims the directories that belong to the tree, and
+only those, so ``sys.path`` order, relative entries, packages and namespace packages work as they always do,
+and modules outside the tree never come near this code. Extension modules inside the tree are left to the
+ordinary finder.
 
-Rejected: a ``sys.meta_path`` finder (must rebuild the order of ``sys.path``); ``SourceFileLoader.get_data`` with the
-pinned bytes and the standard bytecode cache (an unchecked-hash ``.pyc`` is trusted without looking at the source:
-https://docs.python.org/3/reference/import.html#pyc-invalidation); sending every import through the hook (half a second
-for 200 third-party modules whose cached bytecode is then not used).
+Rejected: a ``sys.meta_path`` finder (must rebuild the order of ``sys.path``); ``SourceFileLoader.get_data``
+with the pinned bytes and the standard bytecode cache (an unchecked-hash ``.pyc`` is trusted without looking
+at the source: https://docs.python.org/3/reference/import.html#pyc-invalidation); sending every import through
+the hook (half a second for 200 third-party modules whose cached bytecode is then not used).
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ class Pins:
         """
         expected = self._sources[relative]
         try:
-            with open(os.path.join(self._blobs, expected), "rb") as file:  # noqa: PTH118, PTH123 -- before pathlib
+            with open(os.path.join(self._blobs, expected), "rb") as file:
                 content = file.read()
         except OSError as error:
             raise PinnedSourceError(
@@ -122,7 +123,7 @@ class Pins:
         linecache.cache[path] = (len(content), None, text.splitlines(keepends=True), path)
         self.executed[relative] = hashlib.sha256(content).hexdigest()
         self.modules[module] = relative
-        return code  # type: ignore[no-any-return]
+        return code
 
 
 class PinnedLoader(SourceFileLoader):
@@ -155,11 +156,11 @@ class PinnedFinder:
         """Return the spec of a module of this directory, a namespace portion, or None."""
         tail = fullname.rpartition(".")[2]
         base = f"{self._relative}/{tail}" if self._relative else tail
-        package = os.path.join(self._directory, tail)  # noqa: PTH118 -- import machinery speaks str
+        package = os.path.join(self._directory, tail)
         if self._pins.has_source(f"{base}/__init__.py"):
             return self._spec(
                 fullname, os.path.join(package, "__init__.py"), f"{base}/__init__.py", [package]
-            )  # noqa: PTH118
+            )
         extension = self._extensions.find_spec(fullname, target)
         if extension is not None and extension.loader is not None:
             return extension
@@ -190,7 +191,7 @@ def install(pins: Pins) -> None:
     """Let every import of this process that leads into the tree go through ``pins``."""
 
     def hook(entry: str) -> PinnedFinder:
-        path = os.path.abspath(entry or ".")  # noqa: PTH100 -- resolve() would follow links
+        path = os.path.abspath(entry or ".")
         relative = pins.relative(path)
         # A directory without sources in the manifest (a virtual environment, one made later) is not pinned; what is
         # imported from it and lies in the tree is reported by the attestation.

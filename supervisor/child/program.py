@@ -3,17 +3,19 @@
 1. die with the supervisor: wait until it is our parent, ask the kernel for SIGKILL at its death, look again;
 2. receive the start message: manifest, target, arguments;
 3. pin the imports of the tree; import the target (a callable's module) or compile it (a script, ``-m``);
-4. say ``imported`` and wait at the gate. The supervisor attests now, and in a ``replace`` handover stops the old child;
-5. ``go``: run the application as plain Python would: ``__name__``, ``sys.argv``, ``sys.path[0]``, exit status.
+4. say ``imported`` and wait at the gate. The supervisor attests now, and in a ``replace`` handover stops the
+   old child;
+5. ``go``: run the application as plain Python would: ``__name__``, ``sys.argv``, ``sys.path[0]``, exit
+   status.
 
-The rule: the application sees a plain interpreter. The channel lives in one thread that ``threading`` does not list, with
-every signal blocked, its descriptor is not inherited by the application's own children, and ``__main__`` is the
-application's. The death signal is set by this process itself, from its main thread, after it has its final parent: set
-earlier it would fire at a re-parenting (prctl(2), PR_SET_PDEATHSIG).
+The rule: the application sees a plain interpreter. The channel lives in one thread that ``threading`` does
+not list, with every signal blocked, its descriptor is not inherited by the application's own children, and
+``__main__`` is the application's. The death signal is set by this process itself, from its main thread, after
+it has its final parent: set earlier it would fire at a re-parenting (prctl(2), PR_SET_PDEATHSIG).
 
-SIGKILL as death signal and not SIGTERM: it is the one that a hung child cannot survive. A supervisor that is *stopped*
-sends SIGTERM and waits, so this is for a supervisor that was killed. Where the kernel has no such signal (macOS), the end
-of the channel takes its place: SIGTERM, and SIGKILL three seconds later.
+SIGKILL as death signal and not SIGTERM: it is the one that a hung child cannot survive. A supervisor that is
+*stopped* sends SIGTERM and waits, so this is for a supervisor that was killed. Where the kernel has no such
+signal (macOS), the end of the channel takes its place: SIGTERM, and SIGKILL three seconds later.
 """
 
 from __future__ import annotations
@@ -119,11 +121,11 @@ def run(descriptor: int) -> NoReturn:
     Args:
         descriptor: of the inherited stream socket to the supervisor.
     """
-    os.set_inheritable(descriptor, False)  # noqa: FBT003 -- positional in os
+    os.set_inheritable(descriptor, False)
     channel = _Channel(socket.socket(fileno=descriptor))
     start = channel.start_message()
     _die_with(int(start["supervisor_pid"]))
-    with open(start["manifest"], "rb") as file:  # noqa: PTH123 -- pathlib is the application's to import
+    with open(start["manifest"], "rb") as file:
         manifest = json.load(file)
     pins = pinned.Pins(manifest["base"], manifest["roots"], manifest["sources"], start["blobs"])
     pinned.install(pins)
@@ -144,8 +146,8 @@ def _prepare(target: dict[str, Any], main: ModuleType, pins: pinned.Pins) -> _Ap
     """Import or compile the target and return what is left to do; sets ``sys.path[0]`` and ``sys.argv``."""
     kind, name, arguments = target["kind"], target["name"], target["arguments"]
     if kind == "script":
-        path = os.path.abspath(name)  # noqa: PTH100 -- as Python sets __file__
-        sys.path[0] = os.path.dirname(os.path.realpath(path))  # noqa: PTH120 -- as Python sets sys.path[0]
+        path = os.path.abspath(name)
+        sys.path[0] = os.path.dirname(os.path.realpath(path))
         sys.argv = [name, *arguments]
         relative = pins.relative(path)
         if relative is None or not pins.has_source(relative):
@@ -154,7 +156,7 @@ def _prepare(target: dict[str, Any], main: ModuleType, pins: pinned.Pins) -> _Ap
         main.__file__ = path
         main.__dict__["__cached__"] = None
         return _Application(lambda: _execute(code, main))
-    sys.path[0] = os.getcwd()  # noqa: PTH109 -- as python -m does
+    sys.path[0] = os.getcwd()
     if kind == "module":
         return _prepare_module(name, arguments, main)
     module_name, _, attribute = name.partition(":")
@@ -216,8 +218,8 @@ def _end(channel: _Channel, live: Callable[[], object]) -> NoReturn:
 def _without_our_frames(error: BaseException) -> Any:  # noqa: ANN401 -- a traceback or None
     """Return the traceback as the application's author expects it: it begins in the application."""
     step = error.__traceback__
-    here = os.path.dirname(__file__)  # noqa: PTH120 -- pathlib is the application's to import
-    while step is not None and os.path.dirname(step.tb_frame.f_code.co_filename) == here:  # noqa: PTH120
+    here = os.path.dirname(__file__)
+    while step is not None and os.path.dirname(step.tb_frame.f_code.co_filename) == here:
         step = step.tb_next
     return step if step is not None else error.__traceback__
 
