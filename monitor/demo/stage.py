@@ -67,21 +67,64 @@ class DemoError(MonitorError):
     label = "demo"
 
 
+def copy_monitor(tree: Path) -> None:
+    """Copy the installed ``monitor`` below ``tree``, times kept, without bytecode and without the demo."""
+    shutil.copytree(_PACKAGE, tree / "monitor", ignore=shutil.ignore_patterns("__pycache__", "demo"))
+
+
+def script(name: str) -> str:
+    """Return the path of one of our commands: beside the interpreter that runs this.
+
+    Raises ``DemoError`` when it is not installed there.
+    """
+    path = Path(sys.executable).parent / name
+    if not path.is_file():
+        raise DemoError(
+            f"the command {name} is not beside {sys.executable}: install wa-monitor into this environment"
+        )
+    return str(path)
+
+
+def refuse_used_database(url: str) -> None:
+    """Keep invented messages out of a database that somebody uses.
+
+    Raises ``DemoError`` when it holds a table of the monitor or does not answer; the URL is not quoted.
+    """
+    try:
+        with psycopg.connect(url, connect_timeout=10) as connection:
+            row = connection.execute(
+                "SELECT to_regclass('public.qa_photo_reviews') IS NOT NULL"
+                " OR to_regnamespace('wa_monitor') IS NOT NULL"
+            ).fetchone()
+    except psycopg.Error as error:
+        kind = type(error).__name__  # the text may quote the URL
+        raise DemoError(
+            f"the database of DATABASE_URL cannot be used ({kind}): correct or unset the variable"
+        ) from None
+    if row is not None and row[0]:
+        raise DemoError(
+            "the database of DATABASE_URL holds tables of a monitor, and the demo writes invented messages: "
+            "give an empty database, or unset DATABASE_URL to use an embedded one"
+        )
+
+
 class Stage:
     """Builds the scratch folder, starts PostgreSQL and the supervisor, and ends both at the end of the block.
 
-    ``url`` is a database to use instead of an embedded one; it must hold no table of the monitor yet.
-    Entering raises ``DemoError`` or another ``MonitorError`` with the reason.
+    ``url`` is a database to use instead of an embedded one. ``build`` puts the code below the folder
+    ``tree``. Entering raises ``DemoError`` or another ``MonitorError`` with the reason.
     """
 
-    def __init__(self, folder: Path, *, url: str | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, url: str | None = None, build: Callable[[Path], None] = copy_monitor
+    ) -> None:
         self.folder = Path(os.path.abspath(folder))  # noqa: PTH100 -- resolve() would follow links
         self.tree = self.folder / "tree"
-        self.identity = self.tree / "monitor" / "identity.py"
         self.bridge = SyntheticBridge(self.folder / "bridge")
         self.run_dir = self.folder / "run"
         self.log = self.folder / "supervisor.log"
         self.url = url or ""
+        self._build_tree = build
         self._resources = ExitStack()
         self._supervisor: subprocess.Popen[bytes] | None = None
         self._address = ""
@@ -91,7 +134,6 @@ class Stage:
             self._build()
             if not self.url:
                 self.url = resources.enter_context(EmbeddedPostgres(self.folder / "postgres")).url
-            _refuse_used_database(self.url)
             resources.callback(self._stop_supervisor)
             self._resources = resources.pop_all()
         return self
@@ -117,20 +159,15 @@ class Stage:
             "WA_SINCE": "beginning",
         }
 
-    def supervise(self) -> None:
-        """Start the supervisor over the copy and wait until a generation is live and proven."""
+    def supervise(self, *target: str, options: tuple[str, ...] = ()) -> None:
+        """Start the supervisor over the tree and wait until a generation is live and proven.
+
+        ``target`` is what it runs and the arguments of that, ``options`` are more flags of ``wa-supervisor
+        run``.
+        """
         command = [
-            *(
-                script("wa-supervisor"),
-                "run",
-                "monitor.app:main",
-                "--type",
-                "notify",
-                "--handover",
-                "overlap",
-            ),
-            *("--runtime-dir", str(self.run_dir), "--state-dir", str(self.folder / "state")),
-            *("--listen", "127.0.0.1:0"),
+            *(script("wa-supervisor"), "run", *options, "--listen", "127.0.0.1:0"),
+            *("--runtime-dir", str(self.run_dir), "--state-dir", str(self.folder / "state"), *target),
         ]
         with self.log.open("ab") as log:
             self._supervisor = subprocess.Popen(
@@ -204,7 +241,7 @@ class Stage:
         if self.tree.exists():
             raise DemoError(f"{self.folder} holds an earlier demo: give another folder or remove that one")
         self.folder.mkdir(parents=True, exist_ok=True)
-        copy_monitor(self.tree)
+        self._build_tree(self.tree)
         self.bridge.create()
         fill_map(self.bridge)
         (self.folder / "projects.yaml").write_text(PROJECTS_YAML, encoding="utf-8")
@@ -241,41 +278,3 @@ class Stage:
             self._supervisor.kill()
             self._supervisor.wait()
         self._supervisor = None
-
-
-def copy_monitor(tree: Path) -> None:
-    """Copy the installed ``monitor`` below ``tree``, times kept, without bytecode and without the demo."""
-    shutil.copytree(_PACKAGE, tree / "monitor", ignore=shutil.ignore_patterns("__pycache__", "demo"))
-
-
-def script(name: str) -> str:
-    """Return the path of one of our commands: beside the interpreter that runs this.
-
-    Raises ``DemoError`` when it is not installed there.
-    """
-    path = Path(sys.executable).parent / name
-    if not path.is_file():
-        raise DemoError(
-            f"the command {name} is not beside {sys.executable}: install wa-monitor into this environment"
-        )
-    return str(path)
-
-
-def _refuse_used_database(url: str) -> None:
-    """Keep invented messages out of a database that somebody uses."""
-    try:
-        with psycopg.connect(url, connect_timeout=10) as connection:
-            row = connection.execute(
-                "SELECT to_regclass('public.qa_photo_reviews') IS NOT NULL"
-                " OR to_regnamespace('wa_monitor') IS NOT NULL"
-            ).fetchone()
-    except psycopg.Error as error:
-        kind = type(error).__name__  # the text may quote the URL
-        raise DemoError(
-            f"the database of DATABASE_URL cannot be used ({kind}): correct or unset the variable"
-        ) from None
-    if row is not None and row[0]:
-        raise DemoError(
-            "the database of DATABASE_URL holds tables of a monitor, and the demo writes invented messages: "
-            "give an empty database, or unset DATABASE_URL to use an embedded one"
-        )

@@ -30,7 +30,7 @@ from rich.table import Table
 from monitor.demo import incident
 from monitor.demo.bridge import MAPPED_LIDS, NORTHFIELD, UNMAPPED_LID
 from monitor.demo.compare import Comparison, compare
-from monitor.demo.stage import DemoError, Stage, copy_monitor, script
+from monitor.demo.stage import DemoError, Stage, copy_monitor, refuse_used_database, script
 from monitor.demo.stream import Stream
 from monitor.errors import MonitorError
 
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import FrameType
 
+_IDENTITY: Final = Path("monitor", "identity.py")
+_TARGET: Final = "monitor.app:main"
+_OPTIONS: Final = ("--type", "notify", "--handover", "overlap")
 _SEED: Final = 20251111
 _BACKLOG: Final = 60
 _FIRST_DROP: Final = 1_000_001
@@ -63,6 +66,8 @@ def main(*, once: bool, folder: Path | None) -> int:
     with _scratch(folder) as scratch, _interruptible():
         try:
             url = os.environ.get("DATABASE_URL") or os.environ.get("NEON_DATABASE_URL")
+            if url:
+                refuse_used_database(url)
             with Stage(scratch, url=url) as stage:
                 stream = Stream(
                     stage.bridge,
@@ -91,7 +96,8 @@ class _Tour:
         self._stage = stage
         self._stream = stream
         self._steps = 0
-        self._good = stage.identity.read_bytes()
+        self._identity = stage.tree / _IDENTITY
+        self._good = self._identity.read_bytes()
         self._bad = incident.with_bug(self._good)
 
     def run(self) -> int:
@@ -119,7 +125,7 @@ class _Tour:
             f"{_BACKLOG} messages wait in the bridge, more arrive; the monitor runs from a copy of its code",
         )
         began = time.monotonic()
-        self._stage.supervise()
+        self._stage.supervise(_TARGET, options=_OPTIONS)
         self._seen(f"generation {self._live()['generation']} is live, its code proven, tree {self._tree()}")
         self._stage.wait("the backlog is stored", lambda: self._rows() >= self._backlog_drops)
         self._seen(f"{self._rows()} drops stored {time.monotonic() - began:.1f} s after the start")
@@ -147,7 +153,7 @@ class _Tour:
         self._step("Control: plain Python", "the edit of step 4 on another copy, and an ordinary restart")
         plain = self._stage.folder / "plain"
         copy_monitor(plain)
-        target = plain / "monitor" / "identity.py"
+        target = plain / _IDENTITY
         before = self._ask_plain(plain)
         incident.overwrite(target, self._bad)
         after = self._ask_plain(plain)
@@ -236,7 +242,7 @@ class _Tour:
     def _save(self, content: bytes) -> None:
         """Save the one file and wait for the reload that it causes."""
         before = self._live()
-        incident.overwrite(self._stage.identity, content)
+        incident.overwrite(self._identity, content)
         status = self._stage.wait("the save is live", lambda: self._reloaded(before["tree"]))
         reload = status["last_reload"]
         if reload["outcome"] != "live":
@@ -271,7 +277,7 @@ class _Tour:
             text=True,
         )
         answer, _, origin = done.stdout.strip().partition(" ")
-        if done.returncode != 0 or Path(origin) != plain / "monitor" / "identity.py":
+        if done.returncode != 0 or Path(origin) != plain / _IDENTITY:
             raise DemoError(f"plain Python did not run the copy in {plain}: {done.stderr.strip() or origin}")
         return answer
 
@@ -313,7 +319,7 @@ class _Tour:
 def _stay(console: Console, stage: Stage, stream: Stream) -> int:
     """Keep the stage up until Ctrl-C, say what to try, and report what happens."""
     with stream:
-        stage.supervise()
+        stage.supervise(_TARGET, options=_OPTIONS)
         _print_invitation(console, stage)
         ended = threading.Event()
         reported: Any = stage.status()["last_reload"]
@@ -331,7 +337,8 @@ def _stay(console: Console, stage: Stage, stream: Stream) -> int:
 
 
 def _print_invitation(console: Console, stage: Stage) -> None:
-    line = incident.line_of_bug(stage.identity.read_bytes())
+    identity = stage.tree / _IDENTITY
+    line = incident.line_of_bug(identity.read_bytes())
     names = ("DATABASE_URL", "WHATSAPP_DB_PATH", "WA_PROJECTS")
     setting = " ".join(f"{name}={shlex.quote(stage.environment[name])}" for name in names)
     supervisor = shlex.quote(os.path.relpath(script("wa-supervisor")))
@@ -340,7 +347,7 @@ def _print_invitation(console: Console, stage: Stage) -> None:
     rows = (
         ("look", f"http://{stage.address}/   /status.json   /metrics"),
         ("", f"{supervisor} status --runtime-dir {run_dir}"),
-        ("break it", f"in {stage.identity}"),
+        ("break it", f"in {identity}"),
         ("", f"insert below line {line}, in decide():"),
         ("", f"    {incident.BUG}"),
         ("", "save: the reload and the LIDs it stores are reported below; take the line out again and save"),
