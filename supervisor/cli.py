@@ -18,10 +18,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from supervisor import control
+from supervisor import control, terminal
 from supervisor.errors import SupervisorError, UsageError
 from supervisor.settings import (
     Handover,
@@ -37,7 +35,6 @@ from supervisor.settings import (
 EXIT_FAILED = 1
 EXIT_DIFFERS = 3
 _ANSWER_SECONDS = 10.0
-_SHORT_DIGEST = 12
 
 app = typer.Typer(
     help="Keep one Python program running on exactly the code that is on disk, and prove it.",
@@ -149,7 +146,7 @@ def status(*, runtime_dir: RuntimeDir = None, as_json: AsJson = False) -> None:
     if as_json:
         _print_json(document)
     else:
-        Console().print(_status_table(document))
+        terminal.print_status(document)
 
 
 @app.command()
@@ -159,7 +156,7 @@ def reload(*, runtime_dir: RuntimeDir = None, as_json: AsJson = False) -> None:
     if as_json:
         _print_json(record)
     else:
-        print(_reload_line(record))
+        print(terminal.reload_line(record))
     if record["outcome"] not in {"live", "unchanged"}:
         raise typer.Exit(EXIT_FAILED)
 
@@ -178,7 +175,7 @@ def verify(*, runtime_dir: RuntimeDir = None, as_json: AsJson = False) -> None:
     if as_json:
         _print_json(document)
     else:
-        _print_verify(document)
+        terminal.print_verify(document)
     if not document["in_sync"]:
         raise typer.Exit(EXIT_DIFFERS)
 
@@ -212,75 +209,11 @@ def _refuse_namesake() -> None:
     except importlib.metadata.PackageNotFoundError:
         return
     raise UsageError(
-        f"the package supervisor {namesake} (supervisord) is installed in this environment and has the same import name; "
-        "install wa-monitor in an environment of its own"
+        f"the package supervisor {namesake} (supervisord) is installed in this environment and has the same "
+        "import name; install wa-monitor in an environment of its own"
     )
 
 
 def _print_json(document: object) -> None:
     json.dump(document, sys.stdout, indent=2)
     print()
-
-
-def _status_table(document: dict[str, Any]) -> Table:
-    live, last, watching = document["live"], document["last_reload"], document["watch"]
-    table = Table(show_header=False, box=None)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    table.add_row("in sync", "[green]yes[/]" if document["in_sync"] else f"[red]no[/]: {document['reason']}")
-    table.add_row("state", f"{document['state']} (supervisor pid {document['pid']})")
-    if live:
-        table.add_row(
-            "live",
-            f"generation {live['generation']}, pid {live['pid']}, tree {live['tree'][:_SHORT_DIGEST]}, since {live['since']}",
-        )
-    if document["candidate"]:
-        table.add_row(
-            "candidate",
-            f"generation {document['candidate']['generation']} ({document['candidate']['stage']})",
-        )
-    if last:
-        table.add_row("last reload", _reload_line(last))
-    table.add_row("watch", f"{watching['mode']}, last scan {watching['last_scan_age_seconds']:.1f} s ago")
-    if document["git"]:
-        table.add_row("commit", document["git"]["commit"] or "none yet")
-    if not document["bytecode"]["writable"]:
-        table.add_row(
-            "bytecode",
-            f"[yellow]not writable[/]: {len(document['bytecode']['unwritable'])} files, other processes may be stale",
-        )
-    table.add_row("metrics", f"http://{document['listen']}/metrics")
-    return table
-
-
-def _reload_line(record: dict[str, Any]) -> str:
-    why = f" ({record['reason']}: {record['detail']})" if record["reason"] else ""
-    generation = f", generation {record['generation']}" if record["generation"] else ""
-    paths = (
-        f", {record['paths_total']} changed ({', '.join(record['paths'][:3])})"
-        if record["paths_total"]
-        else ""
-    )
-    return f"{record['outcome']}{why}{generation}, by {record['trigger']}{paths}, {record['total_seconds'] * 1000:.0f} ms"
-
-
-def _print_verify(document: dict[str, Any]) -> None:
-    console = Console()
-    table = Table(box=None)
-    for heading in ("module", "path", "running", "disk", ""):
-        table.add_column(heading)
-    for module in document["modules"]:
-        good = module["state"] == "match"
-        table.add_row(
-            module["name"],
-            module["path"],
-            (module["running_sha256"] or "?")[:_SHORT_DIGEST],
-            (module["disk_sha256"] or "no file")[:_SHORT_DIGEST],
-            "[green]match[/]" if good else f"[red]{module['state']}[/]",
-        )
-    console.print(table)
-    verdict = "[green]in sync[/]" if document["in_sync"] else "[red]NOT in sync[/]"
-    console.print(
-        f"{verdict}: {len(document['modules'])} modules, asked and compared in {document['duration_seconds'] * 1000:.0f} ms"
-    )
-    console.print("not checked: function objects changed after their import")

@@ -1,5 +1,4 @@
-"""Fleet: the processes behind the generations. Carries out what the lifecycle decided, and reports what
-happened.
+"""Fleet: the processes behind the generations; carries out what was decided and reports what happened.
 
 The rule: it decides nothing. An action of the lifecycle becomes a process, a signal or a frame; a frame, a
 datagram or an exit becomes an event of the lifecycle. The numbers of generations are the only thing both
@@ -22,7 +21,6 @@ from supervisor import launch, lifecycle, verify
 from supervisor.launch import Child, LaunchRequest
 from supervisor.manifest import Manifest
 from supervisor.notify import Datagram
-from supervisor.pipeline import Reload
 from supervisor.settings import Target
 
 _USEC = 1_000_000
@@ -33,7 +31,6 @@ class Running:
     """A generation's process and what is known of it.
 
     Attributes:
-        reload: the way through the pipeline that it belongs to.
         nonce: of the last request for attestation that is not answered.
         verdict: of its last attestation, None before the first.
         status: what it said of itself (STATUS=).
@@ -42,7 +39,6 @@ class Running:
     number: int
     manifest: Manifest
     child: Child
-    reload: Reload
     started_wall_seconds: float
     nonce: str | None = None
     verdict: verify.Verdict | None = None
@@ -96,9 +92,9 @@ class Fleet:
         """What the processes were started from."""
         return [running.manifest for running in self._running.values()]
 
-    # --- actions --------------------------------------------------------------------------------------------------
+    # --- actions ------------------------------------------------------------------------------------------
 
-    def launch(self, number: int, manifest: Manifest, manifest_file: Path, reload: Reload) -> None:
+    def launch(self, number: int, manifest: Manifest, manifest_file: Path) -> None:
         """Start a process; raises OSError if there can be none."""
         request = LaunchRequest(
             generation=number,
@@ -109,7 +105,7 @@ class Fleet:
             environment=self._environment(number, manifest.digest),
         )
         child = launch.launch(request)
-        running = Running(number, manifest, child, reload, time.time())
+        running = Running(number, manifest, child, time.time())
         self._running[number] = running
         self._selector.register(child.channel, selectors.EVENT_READ, lambda: self._readable(running))
 
@@ -138,7 +134,7 @@ class Fleet:
         if running is not None:
             running.child.kill_group()
 
-    # --- events ---------------------------------------------------------------------------------------------------
+    # --- events -------------------------------------------------------------------------------------------
 
     def reap(self) -> None:
         """Collect those that have ended."""

@@ -43,7 +43,7 @@ STRIPPED_VARIABLES = (
     "LISTEN_PID",
     "LISTEN_FDNAMES",
 )
-"""What systemd tells the supervisor is not for the child: a child that pings would keep a dead supervisor alive."""
+"""Meant for the supervisor alone: a child that pings systemd would keep a dead supervisor alive."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class Child:
         return self._status
 
     def kill_group(self) -> None:
-        """SIGKILL the child and all of its process group. Call it before the child is reaped: its pid names the group."""
+        """SIGKILL the child and its process group; before it is reaped, because its pid names the group."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
         self.signal(signal.SIGKILL)
@@ -212,7 +212,7 @@ def reap(child: Child) -> str:
     Returns:
         ``exit status 7`` or ``signal SIGKILL``.
     """
-    child.kill_group()  # What it left behind in its group goes with it; the pid is still ours until it is collected.
+    child.kill_group()  # What it left behind goes with it; until it is collected the pid is ours.
     code = os.waitstatus_to_exitcode(child.collect())
     child.channel.close()
     return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"

@@ -171,7 +171,7 @@ class Retry:
     trigger: str
 
 
-# --- events ------------------------------------------------------------------------------------------------------
+# --- events -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,7 @@ class StopRequested:
 
 Event = TreeReady | TreeUnchanged | Imported | Attested | Ready | Beat | Exited | Tick | StopRequested
 
-# --- actions -----------------------------------------------------------------------------------------------------
+# --- actions ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -319,7 +319,7 @@ class _Step:
     state: State
     actions: list[Action] = field(default_factory=list)
 
-    # --- the events, one method each -----------------------------------------------------------------------------
+    # --- the events, one method each ----------------------------------------------------------------------
 
     def tree_ready(self, event: TreeReady) -> None:
         if self.state.stopping:
@@ -412,7 +412,7 @@ class _Step:
         if self.state.live is not None:
             self._drain(self.state.live)
 
-    # --- the decisions they share --------------------------------------------------------------------------------
+    # --- the decisions they share -------------------------------------------------------------------------
 
     def _candidate(self, number: int) -> Generation | None:
         candidate = self.state.candidate
@@ -435,7 +435,7 @@ class _Step:
         self.actions.append(Launch(generation))
 
     def _open_gate(self) -> None:
-        """Let a held candidate go if the handover allows it; in ``replace`` ask the live child to stop first."""
+        """Let a held candidate go if the handover allows it; ``replace`` stops the live child first."""
         candidate = self.state.candidate
         if candidate is None or candidate.stage is not Stage.HELD:
             return
@@ -443,7 +443,7 @@ class _Step:
             if self.state.live is not None:
                 self._drain(self.state.live)
             if any(g.was_started for g in self.state.draining):
-                # The wait is bounded by the drain deadline of the others, so it does not count against this one.
+                # The drain deadline of the others bounds this wait; it does not count against the candidate.
                 self._set_candidate(replace(candidate, deadline=None))
                 return
         deadline = self.now + self.policy.ready_timeout_seconds
@@ -493,7 +493,7 @@ class _Step:
         self.actions.append(Restarting(gone.number, cause, event.error or event.how, wait))
 
     def _live_mismatched(self, live: Generation, problem: str) -> None:
-        """Replace a child that runs other code, once per tree: what comes back a second time is not healed by a start."""
+        """Replace a child that runs other code, once per tree: a second start would not heal it either."""
         if self.state.candidate is not None or self.state.mismatched == live.tree or self.state.stopping:
             return
         self.state = replace(self.state, mismatched=live.tree)
@@ -517,7 +517,7 @@ class _Step:
         self.actions.append(Terminate(generation.number))
 
     def _discard(self, candidate: Generation) -> None:
-        """Stop a candidate: at once while it waits at its gate, with time to finish once it may be at work."""
+        """Stop a candidate: at once while it waits at its gate, with a drain once it may be at work."""
         self._drain(candidate)
         if not candidate.was_started:
             self.actions[-1] = Kill(candidate.number)
@@ -542,8 +542,7 @@ class _Step:
 
 
 def step(policy: Policy, state: State, event: Event, now: float) -> tuple[State, Sequence[Action]]:
-    """Return the state after an event and the actions that it asks for, in the order they are to be carried
-    out.
+    """Return the state after an event, and the actions that it asks for in the order to carry them out.
 
     Args:
         policy: the operator's rules.

@@ -207,7 +207,7 @@ class Pipeline:
         """The running compile helper, for the main loop to wait on."""
         return self._build.job if self._build else None
 
-    # --- watch ----------------------------------------------------------------------------------------------------
+    # --- watch --------------------------------------------------------------------------------------------
 
     def hint(self, hints: Collection[Hint], now: float) -> None:
         """Note file events."""
@@ -227,23 +227,24 @@ class Pipeline:
         if on_finish is not None:
             pending.reload.on_finish.append(on_finish)
 
-    def scan(self, now: float, *, whole: bool = False) -> None:
+    def scan(self, now: float, *, whole: bool = False, trigger: str = "scan") -> None:
         """Look at the tree; a difference that no event told of becomes a reload.
 
         Args:
             now: monotonic time.
             whole: read every file, whatever its stat tuple says.
+            trigger: of the reload, if there is to be one.
         """
         before = self.disk
         try:
             snapshot = manifest.scan(self._tree, None if whole else self._snapshot, self._blobs.put)
         except SourceError as error:
             if str(error) != self.problem:
-                self._begin("scan", now)
+                self._begin(trigger, now)
             return
         self.scanned_at = now
         if before is None or snapshot.manifest.digest != before.digest or self._unreadable:
-            self._begin("scan", now)
+            self._begin(trigger, now)
         else:
             self._snapshot = snapshot
 
@@ -253,7 +254,7 @@ class Pipeline:
         self._pending.last_at = now
         return self._pending
 
-    # --- settle -> manifest -> bytecode ------------------------------------------------------------------------------
+    # --- settle -> manifest -> bytecode -------------------------------------------------------------------
 
     def deadline(self) -> float | None:
         """Return when :meth:`advance` has something to do at the earliest."""

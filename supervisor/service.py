@@ -23,24 +23,25 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from supervisor import git, launch, lifecycle
 from supervisor.blobs import BlobStore
-from supervisor.bytecode import BytecodeReport, shorten
+from supervisor.bytecode import CompileJob
 from supervisor.control import Client, ControlServer
 from supervisor.errors import UsageError
 from supervisor.fleet import Fleet, Running
 from supervisor.lifecycle import Action, Stage
 from supervisor.manifest import Manifest
-from supervisor.metrics import ChildMetrics, ProcessSampler, SupervisorMetrics, registry
+from supervisor.metrics import ChildMetrics, SupervisorMetrics, registry
 from supervisor.notify import Notifier, NotifySocket
-from supervisor.pipeline import Built, Pipeline, Reload
+from supervisor.pipeline import Pipeline, Reload
+from supervisor.reporting import Reporting
 from supervisor.settings import Settings
-from supervisor.status import in_sync_problem, sentence, status_document, verify_document
-from supervisor.verify import Verdict
+from supervisor.status import in_sync_problem, verify_document
 from supervisor.watch import Watcher
 from supervisor.web import WebServer
 
@@ -49,8 +50,17 @@ log = logging.getLogger("wa-supervisor")
 _HOUSEKEEPING_SECONDS = 0.5
 _LOOP_HANGS_SECONDS = 5.0
 _VERIFY_TIMEOUT_SECONDS = 5.0
-_SHORT_DIGEST = 12
-_CHILD_SIGNALS = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
+_SUSPECT_INTERVAL_SECONDS = 5.0
+_SIGNALS = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
+
+
+@dataclass(frozen=True)
+class _Verification:
+    """A command that waits for an attestation of one generation."""
+
+    client: Client
+    number: int
+    began_at: float
 
 
 class Service:
@@ -73,22 +83,16 @@ class Service:
             end.setblocking(False)
         self._selector.register(self._wake_reader, selectors.EVENT_READ, self._woken)
         self._control = ControlServer(settings.runtime_dir, self._selector, self._command)
-        self._registry = registry()
-        self._metrics = SupervisorMetrics(self._registry)
-        self._child_metrics = ChildMetrics()
-        self._registry.register(self._child_metrics)
-        self._sampler = ProcessSampler(self._metrics)
-        try:
-            self._blobs = BlobStore(settings.state_dir)
-        except OSError as error:
-            raise UsageError(
-                f"cannot use the state directory {settings.state_dir}: {error.strerror}; name another --state-dir"
-            ) from error
-        self._notifier = Notifier(inherited)
         self._notify_socket = NotifySocket(settings.runtime_dir / "notify.sock")
         self._selector.register(self._notify_socket, selectors.EVENT_READ, self._notified)
+        self._blobs = _open_blobs(settings.state_dir)
         self._repository = git.find(Path(settings.tree.base))
-        self._watcher = Watcher(settings.tree, self.wake)
+        self._watcher = Watcher(settings.tree, self._wake)
+        self._notifier = Notifier(inherited)
+        metrics_registry = registry()
+        self._child_metrics = ChildMetrics()
+        metrics_registry.register(self._child_metrics)
+        self._reporting = Reporting(SupervisorMetrics(metrics_registry), self._notifier)
         self._pipeline = Pipeline(
             tree=settings.tree,
             blobs=self._blobs,
@@ -108,45 +112,36 @@ class Service:
             metrics=self._child_metrics.update,
             suspected=self._suspected,
         )
-        self._policy = lifecycle.Policy(
-            overlap=settings.handover == "overlap",
-            notify=settings.type == "notify",
-            ready_timeout_seconds=settings.ready_timeout_seconds,
-            stop_timeout_seconds=settings.stop_timeout_seconds,
-            watchdog_seconds=settings.watchdog_seconds,
-            jitter=lambda: random.uniform(0.8, 1.2),  # noqa: S311 -- spreads restarts, keeps no secret
-        )
+        self._policy = _policy(settings)
         self._state = lifecycle.State()
-        self._manifests: dict[str, Manifest] = {}
-        self._launching: Reload | None = None
-        self._reloads: dict[int, Reload] = {}
-        self._held_event: lifecycle.Attested | None = None
-        self._last_reload: Reload | None = None
         self._events: collections.deque[lifecycle.Event] = collections.deque()
+        self._held: lifecycle.Attested | None = None
+        self._manifests: dict[str, Manifest] = {}
+        self._reloads: dict[int, Reload] = {}
+        self._launching: Reload | None = None
+        self._job: CompileJob | None = None
         self._timers: list[tuple[float, Callable[[], None]]] = []
-        self._verifications: list[tuple[float, Callable[[Verdict | None], None], int]] = []
+        self._verifications: list[_Verification] = []
         self._stop_clients: list[Client] = []
-        self._unwritable: tuple[str, ...] = ()
-        self._live_since: float | None = None
-        self._down_since: float | None = None
-        self._in_sync_since: float | None = None
-        self._housekeeping_at = 0.0
-        self._scan_at = 0.0
-        self._verify_at = 0.0
+        self._last_live = 0
+        self._changed = True
+        self._housekeeping_at = self._scan_at = self._verify_at = self._suspect_at = 0.0
+        self._directories = 0
+        self._git_facts: dict[str, Any] | None = None
         self._turned_at = time.monotonic()
         self._status: dict[str, Any] = {}
-        self._web = WebServer(settings.listen, self._registry, self._published)
+        self._web = WebServer(settings.listen, metrics_registry, self._published)
 
-    # --- the loop ---------------------------------------------------------------------------------------------------
+    # --- the loop -----------------------------------------------------------------------------------------
 
     def run(self) -> int:
         """Serve until the operator stops it; return the exit status."""
-        previous = {number: signal.signal(number, _ignore_here) for number in _CHILD_SIGNALS}
+        previous = {number: signal.signal(number, _ignore_here) for number in _SIGNALS}
         wakeup = signal.set_wakeup_fd(self._wake_writer.fileno(), warn_on_full_buffer=False)
         try:
             self._watcher.start()
             log.info("watching %s (%s)", ", ".join(self._settings.tree.roots), self._watcher.mode)
-            log.info("status and metrics at http://%s/", self._web.address)
+            log.info("status at http://%s/status.json, metrics at /metrics", self._web.address)
             if self._watcher.problem:
                 log.warning("%s", self._watcher.problem)
             self._pipeline.ask("start", time.monotonic())
@@ -161,196 +156,174 @@ class Service:
         log.info("stopped")
         return 0
 
-    def wake(self) -> None:
-        """Make the loop turn (from any thread)."""
-        try:
-            self._wake_writer.send(b"\0")
-        except BlockingIOError:
-            return  # It is full of wake-ups already.
-
     def _turn(self) -> None:
+        """Wait for something, let all concerned look at it, and decide until nothing is left to decide."""
         for key, _ in self._selector.select(self._timeout()):
+            self._changed = True
             key.data()
         now = self._turned_at = time.monotonic()
         self._pipeline.hint(self._watcher.take(), now)
         self._fleet.reap()
         self._run_timers(now)
-        self._compiled(now)
+        self._collect_job(now)
         if self._pipeline.advance(now, live=self._live_manifest, candidate=self._candidate_reload):
-            self._happened(lifecycle.TreeUnchanged(self._live_manifest.digest if self._live_manifest else ""))
+            self._happened(lifecycle.TreeUnchanged(self._state.live.tree if self._state.live else ""))
         deadline = self._state.deadline()
         if deadline is not None and deadline <= now:
             self._happened(lifecycle.Tick())
-        self._open_held_gate()
+        self._release_held()
         self._decide()
         if now >= self._housekeeping_at:
-            self._housekeeping_at = now + _HOUSEKEEPING_SECONDS
             self._housekeep(now)
-        self._publish(now)
+        if self._changed:
+            self._publish(now)
 
     def _timeout(self) -> float:
-        times = [self._housekeeping_at, self._state.deadline(), self._pipeline.deadline(), self._scan_at]
+        times = [self._housekeeping_at, self._state.deadline(), self._pipeline.deadline()]
         times += [at for at, _ in self._timers]
-        times += [at for at, _, _ in self._verifications]
-        if self._events:
-            return 0.0
-        return max(0.0, min(at for at in times if at is not None) - time.monotonic())
+        return (
+            max(0.0, min(at for at in times if at is not None) - time.monotonic())
+            if not self._events
+            else 0.0
+        )
+
+    def _wake(self) -> None:
+        """Make the loop turn (called from any thread)."""
+        try:
+            self._wake_writer.send(b"\0")
+        except BlockingIOError:
+            return  # It is full of wake-ups already.
 
     def _woken(self) -> None:
+        """Read the numbers of the signals that arrived; other wake-ups are zeros."""
         try:
-            numbers = self._wake_reader.recv(4096)
+            numbers = set(self._wake_reader.recv(4096))
         except BlockingIOError:
             return
-        for number in set(numbers):
-            if number == signal.SIGHUP:
-                log.info("SIGHUP: reload")
-                self._ask_reload("signal")
-            elif number in {signal.SIGTERM, signal.SIGINT}:
-                log.info("%s: stop", signal.Signals(number).name)
-                self._happened(lifecycle.StopRequested())
+        if signal.SIGHUP in numbers:
+            log.info("SIGHUP: reload")
+            self._ask_reload("signal")
+        if numbers & {signal.SIGTERM, signal.SIGINT}:
+            log.info("stop, by signal")
+            self._happened(lifecycle.StopRequested())
 
     def _run_timers(self, now: float) -> None:
         due = [action for at, action in self._timers if at <= now]
-        self._timers = [(at, action) for at, action in self._timers if at > now]
+        self._timers = [timer for timer in self._timers if timer[0] > now]
         for action in due:
             action()
-        expired = [answer for at, answer, _ in self._verifications if at <= now]
-        self._verifications = [v for v in self._verifications if v[0] > now]
-        for answer in expired:
-            answer(None)
 
     def _housekeep(self, now: float) -> None:
-        """What is done on time and not on an event: scan, periodic verification, samples, watchdog."""
+        """Do what is done on time and not on an event: scan, verification, samples, systemd's watchdog."""
+        self._housekeeping_at = now + _HOUSEKEEPING_SECONDS
+        self._changed = True
         if now >= self._scan_at:
             self._scan_at = now + self._settings.scan_interval_seconds
             self._pipeline.scan(now)
-        live = self._live
-        if live is not None and now >= self._verify_at:
+            self._directories = self._watcher.directories_total
+        if self._live is not None and now >= self._verify_at:
             self._verify_at = now + self._settings.verify_interval_seconds
-            self._fleet.attest(live.number)
-        self._sampler.sample(live.child.pid if live else None)
+            self._fleet.attest(self._live.number)
+        if self._repository is not None:
+            self._git_facts = {"commit": self._repository.commit(), "dirty": None}
+        self._reporting.sample(self._live)
         self._count_downtime(now)
         self._notifier.alive()
 
-    # --- pipeline -----------------------------------------------------------------------------------------------------
+    # --- pipeline -----------------------------------------------------------------------------------------
 
     def _ask_reload(self, trigger: str, on_finish: Callable[[Reload], None] | None = None) -> None:
         if self._state.live is not None:
             self._notifier.reloading()
         self._pipeline.ask(trigger, time.monotonic(), on_finish)
 
-    def _compiled(self, now: float) -> None:
-        """Collect the compile helper once it has said what it has to say."""
+    def _collect_job(self, now: float) -> None:
+        """Wait on the compile helper there is, and take its report once it has ended."""
         job = self._pipeline.job
-        if job is None:
-            return
-        if job.fileno() not in self._selector.get_map():
-            self._selector.register(job.fileno(), selectors.EVENT_READ, lambda: None)
-        fileno = job.fileno()
-        report = job.read()
+        if job is not self._job:
+            if self._job is not None:
+                self._selector.unregister(self._job)
+            if job is not None:
+                self._selector.register(job, selectors.EVENT_READ, lambda: None)
+            self._job = job
+        report = job.read() if job is not None else None
         if report is None:
             return
-        self._selector.unregister(fileno)
-        self._account_bytecode(report)
+        self._reporting.bytecode(report)
         built = self._pipeline.compiled(report, now)
         if built is not None:
-            self._start(built)
-
-    def _account_bytecode(self, report: BytecodeReport) -> None:
-        self._metrics.pyc_purged.inc(len(report.purged))
-        self._metrics.compile_errors.inc(report.error is not None)
-        if report.purged:
-            log.info("purged %d stale bytecode files: %s", len(report.purged), shorten(report.purged))
-        if report.error is None:
-            self._unwritable = report.unwritable
-            self._metrics.bytecode_writable.set(not report.unwritable)
-            if report.unwritable:
-                log.warning(
-                    "bytecode is not writable, OTHER processes may run stale code (ours cannot): %s",
-                    shorten(report.unwritable),
-                )
-
-    def _start(self, built: Built) -> None:
-        self._manifests[built.manifest.digest] = built.manifest
-        self._launching = built.reload
-        self._happened(lifecycle.TreeReady(built.manifest.digest, built.reload.trigger))
-        self._decide()
+            self._manifests[built.manifest.digest] = built.manifest
+            self._launching = built.reload
+            self._happened(lifecycle.TreeReady(built.manifest.digest, built.reload.trigger))
 
     def _reload_finished(self, reload: Reload) -> None:
-        """Count, log and answer a reload that has its outcome."""
-        self._last_reload = reload
-        self._metrics.reloads.labels(reload.outcome, reload.trigger).inc()
-        self._metrics.reload_seconds.observe(reload.total_seconds)
-        for stage, seconds in reload.stages.items():
-            self._metrics.stage_seconds.labels(stage).observe(seconds)
-        if reload.outcome == "rolled_back":
-            self._metrics.rollbacks.inc()
-        level = logging.WARNING if reload.outcome in {"rejected", "rolled_back"} else logging.INFO
-        log.log(level, "%s", sentence(reload))
+        """Tell everybody of a reload that has its outcome, those who asked for it last."""
+        self._reporting.reload(reload)
         if self._state.live is not None:
             self._notifier.ready()
+        self._publish(time.monotonic())
         for call in reload.on_finish:
             call(reload)
 
-    # --- lifecycle ------------------------------------------------------------------------------------------------
+    # --- lifecycle ----------------------------------------------------------------------------------------
 
     def _happened(self, event: lifecycle.Event) -> None:
         """Take an event; it is decided upon in order, after what is being decided now."""
         if isinstance(event, lifecycle.Attested):
-            self._answer_verifications(event)
+            self._answer_verifications(event.number)
             candidate = self._state.candidate
-            if (
+            at_gate = (
                 candidate is not None
                 and candidate.number == event.number
                 and candidate.stage is Stage.LAUNCHED
-            ):
-                # The gate opens only for what is on disk: look once more, and wait for what is being looked at.
+            )
+            if at_gate and event.problem is None:
+                # The gate opens only for what is on disk: look once more, wait while anything is.
                 self._pipeline.scan(time.monotonic())
-                self._held_event = event
+                self._held = event
                 return
         self._events.append(event)
 
-    def _open_held_gate(self) -> None:
-        if self._held_event is not None and not self._pipeline.busy:
-            self._events.append(self._held_event)
-            self._held_event = None
+    def _release_held(self) -> None:
+        if self._held is not None and not self._pipeline.busy:
+            self._events.append(self._held)
+            self._held = None
 
     def _decide(self) -> None:
         while self._events:
             event = self._events.popleft()
             now = time.monotonic()
-            before = self._state
-            self._time_stages(event, now)
+            self._time_stage(event, now)
             self._state, actions = lifecycle.step(self._policy, self._state, event, now)
             for action in actions:
                 self._act(action, now)
             if isinstance(event, lifecycle.Exited):
                 self._child_metrics.end(event.number)
-            if before.live != self._state.live:
-                self._live_changed(now)
+            self._count_downtime(now)
+            self._follow_live(now)
 
-    def _time_stages(self, event: lifecycle.Event, now: float) -> None:
-        """Mark the end of a stage of the reload that an event belongs to."""
-        stages = {lifecycle.Imported: "launch", lifecycle.Attested: "verify", lifecycle.Ready: "handover"}
-        candidate = self._state.candidate
-        number = getattr(event, "number", None)
-        stage = stages.get(type(event))
-        if (
-            stage
-            and candidate is not None
-            and candidate.number == number
-            and candidate.number in self._reloads
-        ):
-            self._reloads[candidate.number].mark(stage, now)
+    def _time_stage(self, event: lifecycle.Event, now: float) -> None:
+        """Mark the end of the stage of a reload that an event of the candidate ends."""
+        match event:
+            case lifecycle.Imported(number):
+                stage = "launch"
+            case lifecycle.Attested(number):
+                stage = "verify"
+            case lifecycle.Ready(number):
+                stage = "handover"
+            case _:
+                return
+        if self._state.candidate is not None and self._state.candidate.number == number:
+            self._reloads[number].mark(stage, now)
 
     def _act(self, action: Action, now: float) -> None:
         match action:
             case lifecycle.Launch(generation):
                 self._launch(generation, now)
-            case lifecycle.Attest(number, delay_seconds):
+            case lifecycle.Attest(number, delay_seconds) if delay_seconds:
                 self._timers.append((now + delay_seconds, lambda: self._fleet.attest(number)))
-                if not delay_seconds:
-                    self._run_timers(now)
+            case lifecycle.Attest(number):
+                self._fleet.attest(number)
             case lifecycle.Go(number):
                 self._fleet.go(number)
             case lifecycle.Terminate(number):
@@ -359,33 +332,29 @@ class Service:
                 self._fleet.kill(number)
             case lifecycle.Report():
                 self._report(action, now)
-            case lifecycle.Restarting(number, cause, detail, wait_seconds):
-                self._metrics.child_restarts.labels(cause).inc()
-                log.error(
-                    "generation %d: %s (%s); starting again in %.2f s", number, cause, detail, wait_seconds
-                )
+            case lifecycle.Restarting():
+                self._reporting.restarting(action)
 
     def _launch(self, generation: lifecycle.Generation, now: float) -> None:
         reload, self._launching = self._launching, None
         if reload is None or reload.tree != generation.tree:
-            live = self._live_manifest
-            reload = Reload(
-                generation.trigger, now, tree=generation.tree, previous_tree=live.digest if live else None
-            )
+            reload = Reload(generation.trigger, now, tree=generation.tree)
+            reload.previous_tree = self._state.live.tree if self._state.live else self._state.good
         reload.generation = generation.number
         self._reloads[generation.number] = reload
         manifest = self._manifests[generation.tree]
         try:
-            self._fleet.launch(generation.number, manifest, self._blobs.put_manifest(manifest), reload)
+            self._fleet.launch(generation.number, manifest, self._blobs.put_manifest(manifest))
         except OSError as error:
-            # Out of processes or memory: the lifecycle treats it as a child that ended, with its backoff.
-            log.error("generation %d could not be started: %s", generation.number, error)  # noqa: TRY400
-            self._events.append(lifecycle.Exited(generation.number, f"no process: {error.strerror}"))
+            # Out of processes or memory: to the lifecycle it is a child that ended, with its backoff.
+            self._events.append(
+                lifecycle.Exited(generation.number, "no process", f"cannot start a process: {error}")
+            )
 
     def _report(self, report: lifecycle.Report, now: float) -> None:
         reload = self._reloads.pop(report.number)
         if report.outcome == "superseded" and self._launching is not None:
-            self._launching.on_finish += reload.on_finish
+            self._launching.on_finish += reload.on_finish  # Who waited for this one waits for the newer one.
             reload.on_finish = []
         if report.outcome in {"rejected", "rolled_back"} and reload.tree is not None:
             self._pipeline.rejected(reload.tree, f"{report.reason}: {report.detail}")
@@ -394,34 +363,29 @@ class Service:
         reload.finish(report.outcome, now, report.reason, report.detail)
         self._reload_finished(reload)
 
-    def _live_changed(self, now: float) -> None:
+    def _follow_live(self, now: float) -> None:
+        """Notice that another generation is live than before."""
         live = self._state.live
-        if live is None or live.stage is not Stage.LIVE:
-            if self._live_since is not None and self._down_since is None:
-                self._down_since = now
+        if live is None or live.number == self._last_live:
             return
-        self._count_downtime(now)
-        self._down_since = None
-        running = self._live
-        if running is not None and self._live_since != live.since:
-            self._live_since = live.since
-            self._child_metrics.go_live(live.number)
-            self._verify_at = now + self._settings.verify_interval_seconds
-            self._notifier.ready()
-            self._collect_garbage()
+        self._last_live = live.number
+        self._child_metrics.go_live(live.number)
+        self._verify_at = now + self._settings.verify_interval_seconds
+        self._notifier.ready()
+        self._collect_garbage()
 
     def _collect_garbage(self) -> None:
         """Forget manifests and blobs that nothing needs any more."""
-        needed = {m.digest: m for m in self._fleet.manifests}
-        for digest in (self._state.good, self._state.retry.tree if self._state.retry else None):
-            if digest is not None:
-                needed[digest] = self._manifests[digest]
-        self._manifests = needed
-        disk = [self._pipeline.disk] if self._pipeline.disk else []
-        if not self._pipeline.busy:
-            self._blobs.collect([*needed.values(), *disk])
+        if self._pipeline.busy:
+            return
+        trees = {self._state.good, self._state.retry.tree if self._state.retry else None}
+        kept = [manifest for digest, manifest in self._manifests.items() if digest in trees]
+        self._manifests = {manifest.digest: manifest for manifest in (*kept, *self._fleet.manifests)}
+        self._blobs.collect(
+            [*self._manifests.values(), *([self._pipeline.disk] if self._pipeline.disk else [])]
+        )
 
-    # --- the generations as others see them ---------------------------------------------------------------------------
+    # --- the generations as others see them ---------------------------------------------------------------
 
     @property
     def _live(self) -> Running | None:
@@ -433,7 +397,7 @@ class Service:
 
     @property
     def _candidate_reload(self) -> Reload | None:
-        return self._reloads.get(self._state.candidate.number) if self._state.candidate else None
+        return self._reloads[self._state.candidate.number] if self._state.candidate else None
 
     def _environment(self, number: int, tree: str) -> Mapping[str, str]:
         return launch.child_environment(
@@ -449,12 +413,23 @@ class Service:
             self._fleet.datagram(message)
 
     def _suspected(self, number: int, why: str) -> None:
-        """The child reports something that wrong code could cause: look at disk and child at once."""
+        """The child reports what wrong code could cause: look at disk and child at once."""
+        now = time.monotonic()
+        if now < self._suspect_at:
+            return
+        self._suspect_at = now + _SUSPECT_INTERVAL_SECONDS
         log.warning("generation %d is suspicious: %s; verifying its code", number, " ".join(why.split()))
-        self._pipeline.scan(time.monotonic(), whole=True)
+        self._pipeline.scan(now, whole=True, trigger="suspect")
         self._fleet.attest(number)
 
-    # --- commands ---------------------------------------------------------------------------------------------------
+    def _count_downtime(self, now: float) -> None:
+        """A child that drains still works, so a downtime begins when it is gone."""
+        at_work = {
+            generation.number for generation in (*self._state.draining, self._state.live) if generation
+        }
+        self._reporting.serving(now, serving=self._last_live in at_work, ever=self._last_live > 0)
+
+    # --- commands -----------------------------------------------------------------------------------------
 
     def _command(self, client: Client, request: dict[str, Any]) -> None:
         match request.get("command"):
@@ -475,43 +450,37 @@ class Service:
                 client.answer({"ok": False, "error": f"there is no command {other!r}"})
 
     def _verify(self, client: Client) -> None:
-        """Read the whole disk again, ask the live child, and answer with the comparison."""
-        live, began = self._live, time.monotonic()
+        """Read the whole disk again and ask the live child; its attestation or the deadline answers."""
+        live, now = self._live, time.monotonic()
         if live is None:
             client.answer({"ok": False, "error": f"no generation is live: {self._problem()}"})
             return
-        self._pipeline.scan(began, whole=True)
-
-        def answer(verdict: Verdict | None) -> None:
-            if verdict is None:
-                client.answer(
-                    {
-                        "ok": False,
-                        "error": f"generation {live.number} did not answer within {_VERIFY_TIMEOUT_SECONDS:g} s",
-                    }
-                )
-            else:
-                disk = self._pipeline.disk
-                same_tree = disk is not None and disk.digest == live.manifest.digest
-                took = time.monotonic() - began
-                client.answer(
-                    {
-                        "ok": True,
-                        "verify": verify_document(verdict, same_tree=same_tree, duration_seconds=took),
-                    }
-                )
-
-        self._verifications.append((began + _VERIFY_TIMEOUT_SECONDS, answer, live.number))
+        self._pipeline.scan(now, whole=True)
+        waiting = _Verification(client, live.number, now)
+        self._verifications.append(waiting)
+        self._timers.append((now + _VERIFY_TIMEOUT_SECONDS, lambda: self._verification_expired(waiting)))
         self._fleet.attest(live.number)
 
-    def _answer_verifications(self, event: lifecycle.Attested) -> None:
-        running = self._fleet.get(event.number)
-        waiting = [v for v in self._verifications if v[2] == event.number]
-        self._verifications = [v for v in self._verifications if v[2] != event.number]
-        for _, answer, _ in waiting:
-            answer(running.verdict if running is not None else None)
+    def _verification_expired(self, waiting: _Verification) -> None:
+        if waiting in self._verifications:
+            self._verifications.remove(waiting)
+            error = f"generation {waiting.number} did not answer within {_VERIFY_TIMEOUT_SECONDS:g} s"
+            waiting.client.answer({"ok": False, "error": error})
 
-    # --- what is published ----------------------------------------------------------------------------------------
+    def _answer_verifications(self, number: int) -> None:
+        running, disk = self._fleet.get(number), self._pipeline.disk
+        if running is None or running.verdict is None:
+            return  # No answer is not a verdict; the deadline speaks.
+        for waiting in [v for v in self._verifications if v.number == number]:
+            self._verifications.remove(waiting)
+            document = verify_document(
+                running.verdict,
+                same_tree=disk is not None and disk.digest == running.manifest.digest,
+                duration_seconds=time.monotonic() - waiting.began_at,
+            )
+            waiting.client.answer({"ok": True, "verify": document})
+
+    # --- what is published --------------------------------------------------------------------------------
 
     def _problem(self) -> str | None:
         return in_sync_problem(
@@ -521,64 +490,24 @@ class Service:
             stopping=self._state.stopping,
         )
 
-    def _count_downtime(self, now: float) -> None:
-        if self._down_since is not None:
-            self._metrics.downtime.inc(now - self._down_since)
-            self._down_since = now
-
     def _publish(self, now: float) -> None:
-        """Bring status, metrics and the service manager's status line up to date."""
-        problem, live = self._problem(), self._live
-        if problem is None:
-            self._in_sync_since = self._in_sync_since or now
-        else:
-            self._in_sync_since = None
-        commit = self._repository.commit() if self._repository else None
-        self._publish_metrics(live, commit, now)
-        self._status = status_document(
-            pid=os.getpid(),
+        self._changed = False
+        self._status = self._reporting.publish(
+            now=now,
             state=self._state,
-            live=live,
-            reason=problem,
+            live=self._live,
+            reason=self._problem(),
             listen=self._web.address,
-            last_reload=self._last_reload,
-            restarts={cause: int(n) for cause, n in self._metrics.restarts().items()},
             watch={
                 "mode": self._watcher.mode,
                 "reason": self._watcher.problem,
-                "directories": self._watcher.directories_total,
+                "directories": self._directories,
                 "overflows": self._watcher.overflows_total,
                 "last_scan_age_seconds": round(now - (self._pipeline.scanned_at or now), 3),
             },
-            git={"commit": commit, "dirty": None} if self._repository else None,
+            git=self._git_facts,
             busy=self._pipeline.busy,
-            unwritable=self._unwritable,
         )
-        shown = (
-            f"generation {live.number}, tree {live.manifest.digest[:_SHORT_DIGEST]}"
-            if live
-            else "no live generation"
-        )
-        where = f", commit {commit[:_SHORT_DIGEST]}" if commit else ""
-        self._notifier.status(f"{shown}{where}: {'in sync' if problem is None else problem}")
-
-    def _publish_metrics(self, live: Running | None, commit: str | None, now: float) -> None:
-        metrics = self._metrics
-        metrics.in_sync.set(self._in_sync_since is not None)
-        metrics.converged_seconds.set(0 if self._in_sync_since is None else now - self._in_sync_since)
-        wrong = (
-            [m for m in live.verdict.modules if m.state in {"mismatch", "unpinned"}]
-            if live and live.verdict
-            else []
-        )
-        metrics.mismatches.set(len(wrong))
-        metrics.set_code_info(live.manifest.digest if live else None, commit)
-        metrics.child_up.set(live is not None)
-        metrics.generation.set(live.number if live else 0)
-        metrics.set_watch_mode(self._watcher.mode)
-        metrics.last_scan_age.set(now - (self._pipeline.scanned_at or now))
-        metrics.follow(metrics.watch_overflows, self._watcher.overflows_total)
-        metrics.follow(metrics.notify_errors, self._notifier.errors_total)
 
     def _published(self) -> Mapping[str, Any]:
         """Return the last published status (called from the threads of HTTP)."""
@@ -595,6 +524,26 @@ class Service:
         self._selector.close()
         self._wake_reader.close()
         self._wake_writer.close()
+
+
+def _policy(settings: Settings) -> lifecycle.Policy:
+    return lifecycle.Policy(
+        overlap=settings.handover == "overlap",
+        notify=settings.type == "notify",
+        ready_timeout_seconds=settings.ready_timeout_seconds,
+        stop_timeout_seconds=settings.stop_timeout_seconds,
+        watchdog_seconds=settings.watchdog_seconds,
+        jitter=lambda: random.uniform(0.8, 1.2),  # noqa: S311 -- spreads restarts, keeps no secret
+    )
+
+
+def _open_blobs(directory: Path) -> BlobStore:
+    try:
+        return BlobStore(directory)
+    except OSError as error:
+        raise UsageError(
+            f"cannot use the state directory {directory}: {error.strerror}; name another one with --state-dir"
+        ) from error
 
 
 def _ignore_here(_number: int, _frame: FrameType | None) -> None:

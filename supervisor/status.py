@@ -1,5 +1,4 @@
-"""Status: what the supervisor says about itself, as the documents that the commands and ``/status.json``
-show.
+"""Status: what the supervisor says about itself, as the documents that commands and ``/status.json`` show.
 
 The rule: *in sync* means proven: a live generation, attested, whose manifest is the manifest on disk.
 Everything else has a reason in words. Functions of what is passed in; the JSON is a contract.
@@ -7,7 +6,7 @@ Everything else has a reason in words. Functions of what is passed in; the JSON 
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -50,7 +49,7 @@ def status_document(
     reason: str | None,
     listen: str,
     last_reload: Reload | None,
-    restarts: Mapping[str, int],
+    restarts: Mapping[str, float],
     watch: Mapping[str, Any],
     git: Mapping[str, Any] | None,
     busy: bool,
@@ -69,7 +68,7 @@ def status_document(
             "generation": live.number,
             "pid": live.child.pid,
             "tree": live.manifest.digest,
-            "since": datetime.datetime.fromtimestamp(live.started_wall_seconds, datetime.UTC).isoformat(
+            "since": dt.datetime.fromtimestamp(live.started_wall_seconds, dt.UTC).isoformat(
                 "T", "milliseconds"
             ),
             "status": live.status,
@@ -80,7 +79,7 @@ def status_document(
         "last_known_good": state.good,
         "quarantine": [],
         "last_reload": last_reload.as_json() if last_reload else None,
-        "restarts": dict(restarts),
+        "restarts": {cause: int(count) for cause, count in restarts.items()},
         "watch": dict(watch),
         "git": git,
         "bytecode": {"writable": not unwritable, "unwritable": list(unwritable)},

@@ -24,8 +24,9 @@ def report(pins: Pins, nonce: str, main_thread: int) -> Frame:
     """Return the answer to one request for attestation.
 
     Args:
-        pins: the record of what was executed. nonce: of the request. main_thread: identity of the thread that
-        runs the application; while it is inside an import, the answer says so.
+        pins: the record of what was executed.
+        nonce: of the request.
+        main_thread: identity of the thread that runs the application; whether it is importing is told.
     """
     loaded = dict(sys.modules)
     return {
@@ -40,7 +41,7 @@ def report(pins: Pins, nonce: str, main_thread: int) -> Frame:
             for name, module in loaded.items()
             if (path := _tree_path(pins, module)) is not None and pins.modules.get(name) != path
         ],
-        "importing": _is_importing(sys._current_frames().get(main_thread)),  # noqa: SLF001 -- the documented way
+        "importing": _is_importing(sys._current_frames().get(main_thread)),  # noqa: SLF001 -- documented
     }
 
 

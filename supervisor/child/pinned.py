@@ -193,8 +193,8 @@ def install(pins: Pins) -> None:
     def hook(entry: str) -> PinnedFinder:
         path = os.path.abspath(entry or ".")
         relative = pins.relative(path)
-        # A directory without sources in the manifest (a virtual environment, one made later) is not pinned; what is
-        # imported from it and lies in the tree is reported by the attestation.
+        # A directory without sources in the manifest (a virtual environment, one made later) is not pinned;
+        # what is imported from it and lies in the tree is reported by the attestation.
         if relative is None or not pins.has_directory(relative):
             raise ImportError(f"{entry} is outside the tree")
         return PinnedFinder(pins, path, relative)

@@ -165,7 +165,7 @@ def _prepare(target: dict[str, Any], main: ModuleType, pins: pinned.Pins) -> _Ap
     for part in attribute.split("."):
         found = getattr(found, part)
     if not callable(found):
-        raise ImportError(f"{name} is not callable")
+        raise TypeError(f"{name} is not callable")
     return _Application(found)
 
 
@@ -188,13 +188,13 @@ def _execute(code: CodeType, main: ModuleType) -> None:
 
 
 def _end(channel: _Channel, live: Callable[[], object]) -> NoReturn:
-    """Run ``live`` and exit as plain Python would; the supervisor hears of an exception before the process is gone."""
+    """Run ``live`` and exit as plain Python would; the supervisor hears of an exception first."""
     try:
         status = live()
     except SystemExit:
         channel.send_metrics()
         raise
-    except BaseException as error:  # noqa: BLE001 -- the last frame: printed, reported, turned into the exit status
+    except BaseException as error:  # noqa: BLE001 -- the last frame: reported and printed
         kind, tree_traceback = type(error), _without_our_frames(error)
         error.__traceback__ = tree_traceback
         channel.send_metrics()

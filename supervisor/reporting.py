@@ -1,0 +1,157 @@
+"""Reporting: what people and machines hear of: log, metrics, the service manager's status line, the document.
+
+The rule: it is told facts and decides nothing. Whatever is worth a log line is counted, too, so that an alert
+can find it; whatever is counted can be found in the log with its reason.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from supervisor.bytecode import BytecodeReport, shorten
+from supervisor.fleet import Running
+from supervisor.lifecycle import Restarting, State
+from supervisor.metrics import ProcessSampler, SupervisorMetrics
+from supervisor.notify import Notifier
+from supervisor.pipeline import Reload
+from supervisor.status import sentence, status_document
+
+log = logging.getLogger("wa-supervisor")
+
+_SHORT_DIGEST = 12
+
+
+class Reporting:
+    """What is known from outside about one supervisor.
+
+    Args:
+        metrics: the supervisor's own series.
+        notifier: towards the service manager.
+    """
+
+    def __init__(self, metrics: SupervisorMetrics, notifier: Notifier) -> None:
+        self._metrics = metrics
+        self._notifier = notifier
+        self._sampler = ProcessSampler(metrics)
+        self._last_reload: Reload | None = None
+        self._unwritable: Sequence[str] = ()
+        self._in_sync_since: float | None = None
+        self._down_since: float | None = None
+        self._code_info: tuple[str | None, str | None] | None = None
+
+    def reload(self, reload: Reload) -> None:
+        """Tell of a reload that has its outcome."""
+        self._last_reload = reload
+        self._metrics.reloads.labels(reload.outcome, reload.trigger).inc()
+        self._metrics.reload_seconds.observe(reload.total_seconds)
+        for stage, seconds in reload.stages.items():
+            self._metrics.stage_seconds.labels(stage).observe(seconds)
+        if reload.outcome == "rolled_back":
+            self._metrics.rollbacks.inc()
+        level = logging.WARNING if reload.outcome in {"rejected", "rolled_back"} else logging.INFO
+        log.log(level, "%s", sentence(reload))
+
+    def bytecode(self, report: BytecodeReport) -> None:
+        """Tell of what the compile helper did."""
+        self._metrics.pyc_purged.inc(len(report.purged))
+        if report.purged:
+            log.info("purged %d stale bytecode files: %s", len(report.purged), shorten(report.purged))
+        if report.error is not None:
+            self._metrics.compile_errors.inc()
+            return
+        self._unwritable = report.unwritable
+        self._metrics.bytecode_writable.set(not report.unwritable)
+        if report.unwritable:
+            log.warning(
+                "bytecode is not writable, OTHER processes may run stale code (ours cannot): %s",
+                shorten(report.unwritable),
+            )
+
+    def restarting(self, action: Restarting) -> None:
+        """Tell of a live child that is to be replaced because of a fault."""
+        self._metrics.child_restarts.labels(action.cause).inc()
+        log.error(
+            "generation %d: %s (%s); starting again in %.2f s",
+            action.number,
+            action.cause,
+            action.detail,
+            action.wait_seconds,
+        )
+
+    def serving(self, now: float, *, serving: bool, ever: bool) -> None:
+        """Count the time without a child at work.
+
+        Args:
+            now: monotonic time.
+            serving: whether one is at work now.
+            ever: whether one has been; before that it is a start, not a downtime.
+        """
+        if self._down_since is not None:
+            self._metrics.downtime.inc(now - self._down_since)
+        self._down_since = None if serving or not ever else now
+
+    def sample(self, live: Running | None) -> None:
+        """Measure the live child."""
+        self._sampler.sample(live.child.pid if live else None)
+
+    def publish(
+        self,
+        *,
+        now: float,
+        state: State,
+        live: Running | None,
+        reason: str | None,
+        listen: str,
+        watch: Mapping[str, Any],
+        git: Mapping[str, Any] | None,
+        busy: bool,
+    ) -> dict[str, Any]:
+        """Bring metrics and the service manager's status line up to date and return the status document."""
+        if reason is not None:
+            self._in_sync_since = None
+        elif self._in_sync_since is None:
+            self._in_sync_since = now
+        commit = git["commit"] if git else None
+        self._set_gauges(live, commit, watch, now)
+        shown = (
+            f"generation {live.number}, tree {live.manifest.digest[:_SHORT_DIGEST]}"
+            if live
+            else "no live generation"
+        )
+        where = f", commit {commit[:_SHORT_DIGEST]}" if commit else ""
+        self._notifier.status(f"{shown}{where}: {reason or 'in sync'}")
+        return status_document(
+            pid=os.getpid(),
+            state=state,
+            live=live,
+            reason=reason,
+            listen=listen,
+            last_reload=self._last_reload,
+            restarts=self._metrics.restarts(),
+            watch=watch,
+            git=git,
+            busy=busy,
+            unwritable=self._unwritable,
+        )
+
+    def _set_gauges(
+        self, live: Running | None, commit: str | None, watch: Mapping[str, Any], now: float
+    ) -> None:
+        metrics, since = self._metrics, self._in_sync_since
+        metrics.in_sync.set(since is not None)
+        metrics.converged_seconds.set(0 if since is None else now - since)
+        modules = live.verdict.modules if live and live.verdict else ()
+        metrics.mismatches.set(sum(module.state in {"mismatch", "unpinned"} for module in modules))
+        info = (live.manifest.digest if live else None, commit)
+        if info != self._code_info:  # Setting it clears it first: a scrape in between would find none.
+            self._code_info = info
+            metrics.set_code_info(*info)
+        metrics.child_up.set(live is not None)
+        metrics.generation.set(live.number if live else 0)
+        metrics.set_watch_mode(watch["mode"])
+        metrics.last_scan_age.set(watch["last_scan_age_seconds"])
+        metrics.follow(metrics.watch_overflows, watch["overflows"])
+        metrics.follow(metrics.notify_errors, self._notifier.errors_total)

@@ -1,0 +1,88 @@
+"""Terminal: the documents of :mod:`supervisor.status` as tables for people.
+
+The rule: what a document says in words is printed as it is; brackets in an error message are no markup.
+Colour appears on a terminal only (``rich`` sees to that).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+_SHORT_DIGEST = 12
+_SHOWN_PATHS = 3
+
+
+def print_status(document: dict[str, Any]) -> None:
+    """Print the document of ``status``."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in _status_rows(document):
+        table.add_row(name, value)
+    Console(highlight=False).print(table)
+
+
+def reload_line(record: dict[str, Any]) -> str:
+    """Return the record of a reload as one line of plain text."""
+    parts = [record["outcome"]]
+    if record["reason"]:
+        parts[0] += f" ({record['reason']}: {record['detail']})"
+    if record["generation"]:
+        parts.append(f"generation {record['generation']}")
+    parts.append(f"by {record['trigger']}")
+    if record["paths_total"]:
+        parts.append(f"{record['paths_total']} changed ({', '.join(record['paths'][:_SHOWN_PATHS])})")
+    parts.append(f"{record['total_seconds'] * 1000:.0f} ms")
+    return ", ".join(parts)
+
+
+def print_verify(document: dict[str, Any]) -> None:
+    """Print the document of ``verify``."""
+    console = Console(highlight=False)
+    table = Table(box=None, pad_edge=False)
+    for heading in ("module", "path", "running", "on disk", ""):
+        table.add_column(heading)
+    for module in document["modules"]:
+        colour = "green" if module["state"] == "match" else "red"
+        running = (module["running_sha256"] or "unknown")[:_SHORT_DIGEST]
+        on_disk = (module["disk_sha256"] or "no file")[:_SHORT_DIGEST]
+        state = f"[{colour}]{module['state']}[/]"
+        table.add_row(escape(module["name"]), escape(module["path"]), running, on_disk, state)
+    console.print(table)
+    verdict = "[green]in sync[/]" if document["in_sync"] else "[red]NOT in sync[/]"
+    took = document["duration_seconds"] * 1000
+    console.print(f"{verdict}: {len(document['modules'])} modules, asked and compared in {took:.0f} ms")
+    console.print("not checked: functions that were changed in memory after their import")
+
+
+def _status_rows(document: dict[str, Any]) -> list[tuple[str, str]]:
+    live, candidate, last, watch = (document[key] for key in ("live", "candidate", "last_reload", "watch"))
+    in_sync = "[green]yes[/]" if document["in_sync"] else f"[red]no[/]: {escape(document['reason'])}"
+    rows = [("in sync", in_sync), ("state", f"{document['state']} (supervisor pid {document['pid']})")]
+    if live:
+        tree = live["tree"][:_SHORT_DIGEST]
+        rows.append(
+            (
+                "live",
+                f"generation {live['generation']}, pid {live['pid']}, tree {tree}, since {live['since']}",
+            )
+        )
+        if live["status"]:
+            rows.append(("says", escape(live["status"])))
+    if candidate:
+        rows.append(("candidate", f"generation {candidate['generation']} ({candidate['stage']})"))
+    if last:
+        rows.append(("last reload", escape(reload_line(last))))
+    rows.append(("watch", f"{watch['mode']}, last scan {watch['last_scan_age_seconds']:.1f} s ago"))
+    if document["git"]:
+        rows.append(("commit", document["git"]["commit"] or "none yet"))
+    unwritable = document["bytecode"]["unwritable"]
+    if unwritable:
+        stale = f"[yellow]not writable[/]: {len(unwritable)} files; other processes may run stale code"
+        rows.append(("bytecode", stale))
+    rows.append(("metrics", f"http://{document['listen']}/metrics"))
+    return rows
