@@ -64,6 +64,10 @@ class Owner:
             return False
         return not _hidden(self.pid) and _start_time(self.pid) != self.started
 
+    def is_same_process(self, other: "Owner") -> bool:
+        """Tell whether both are one process; two readings of one process may differ in what it runs."""
+        return (self.host, self.pid, self.started) == (other.host, other.pid, other.started)
+
     def __str__(self) -> str:
         """Show it to a person."""
         return f"pid {self.pid} on {self.host.partition('/')[0]}"

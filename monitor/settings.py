@@ -37,7 +37,7 @@ class Values(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     bridge: _Text | None = None
     database_url: _Text | None = None
     projects: _Text | None = None
-    since: _Text | datetime | None = None
+    since: _Text | None = None
     once: bool | None = None
     listen: _Text | None = None
     source: _Text | None = None
@@ -111,7 +111,7 @@ class Settings:
     source: str = DEFAULT_SOURCE
     """Names the cursor: one for each bridge that writes to the same PostgreSQL."""
     scan_interval_seconds: float = 1.0
-    """The longest pause between two complete scans when nothing happens."""
+    """The pause between two counts of the LIDs that stand; the bridge is looked at far more often."""
     lease_seconds: float = 30.0
     """After this long without a sign of life the cursor row may be taken over by another host."""
     calling_codes: frozenset[int] = frozenset({27})
@@ -162,14 +162,14 @@ def resolve(values: Values) -> Settings:
     return replace(settings, **{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
 
 
-def parse_since(value: str | datetime) -> Since:
+def parse_since(value: str) -> Since:
     """Read `beginning`, `now`, or an ISO time with an offset."""
     if value == "beginning":
         return Since(None)
     if value == "now":
         return Since(datetime.now().astimezone(), now=True)
     try:
-        instant = value if isinstance(value, datetime) else datetime.fromisoformat(value)
+        instant = datetime.fromisoformat(value)
     except ValueError:
         raise ConfigError(
             f"--since {value!r} is no time; give 2026-01-31T06:00:00+02:00, `beginning` or `now`"
@@ -225,6 +225,8 @@ def _from_file(path: Path) -> Values:
     except ValueError as error:
         raise ConfigError(f"settings file {path}: not valid TOML: {_without_newlines(error)}") from None
     written = {key.replace("-", "_"): key for key in document}
+    if isinstance(document.get("since"), datetime):
+        document["since"] = document["since"].isoformat()  # TOML has times of its own
     try:
         return msgspec.convert({key.replace("-", "_"): value for key, value in document.items()}, Values)
     except msgspec.ValidationError as error:

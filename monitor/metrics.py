@@ -1,0 +1,151 @@
+"""The monitor's metrics, as one collector for `prometheus_client`.
+
+The rule: what counts rows comes from the database, not from this process. `wa_monitor_drops_stored_total`,
+`wa_monitor_messages_total` and `wa_monitor_lid_resolved_total` are the totals that the cursor row holds,
+committed together with the rows they count. Run alone, they are shown as they are and never go down. Under a
+supervisor, which adds up its children, each process shows what was added since it came (`show_since`).
+
+The label sets of all enabled projects exist from 0 at the start: `increase()` does not see a series that is
+born at 1, and the first LID ever must be seen.
+
+Rejected: `Counter` objects and multiprocess mode, which leaves a file for every pid. A collector of plain
+values is also indifferent to `PROMETHEUS_MULTIPROC_DIR`. Phones, LIDs and texts of people are never labels.
+"""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from monitor.judgement import JUDGEMENTS
+from monitor.totals import DropSeries, Totals
+
+KINDS = ("new", "resubmission")
+OTHER_PROJECT = "other"
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Everything that is shown, at one moment."""
+
+    projects: tuple[str, ...] = ()
+    """Names of the enabled projects."""
+    totals: Totals = field(default_factory=Totals)
+    base: Totals = field(default_factory=Totals)
+    """What was there before this process came, where somebody else adds the processes up."""
+    lid_rows: Mapping[str, int] = field(default_factory=dict)
+    pending: int = 0
+    repaired: int = 0
+    lag_seconds: float = 0.0
+    last_message_at: datetime | None = None
+    errors: Mapping[str, int] = field(default_factory=dict)
+
+
+class MonitorMetrics(Collector):
+    """Shows the latest snapshot; may be collected from another thread than the one that updates it."""
+
+    def __init__(self) -> None:
+        self._snapshot = Snapshot()
+        self._lock = threading.Lock()
+
+    def update(self, **changes: object) -> None:
+        """Replace fields of the snapshot."""
+        with self._lock:
+            self._snapshot = replace(self._snapshot, **changes)  # type: ignore[arg-type]
+
+    def show_since(self, totals: Totals) -> None:
+        """Show from now on only what is added to `totals`; call it before the first batch."""
+        self.update(totals=totals, base=totals)
+
+    def count_error(self, label: str) -> None:
+        """Count an error of reading or writing."""
+        with self._lock:
+            errors = Counter(self._snapshot.errors)
+            errors[label] += 1
+            self._snapshot = replace(self._snapshot, errors=errors)
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield all families."""
+        with self._lock:
+            now = self._snapshot
+        shown = now.totals - now.base
+        yield _drops(now.projects, shown)
+        yield _by_label(
+            "wa_monitor_messages",
+            "Messages of enabled projects that were dealt with",
+            "project",
+            {**dict.fromkeys(now.projects, 0), **shown.messages},
+        )
+        yield _counter(
+            "wa_monitor_lid_resolved", "Pending senders that got their phone from the map", shown.resolved
+        )
+        yield _counter("wa_monitor_lid_repaired", "Rows in which a repair replaced a LID", now.repaired)
+        yield _by_label(
+            "wa_monitor_store_errors",
+            "Failures of reading the bridge or of writing to PostgreSQL",
+            "error",
+            now.errors,
+        )
+        yield _lid_rows(now.projects, now.lid_rows)
+        yield _gauge(
+            "wa_monitor_lid_pending", "Drops that wait for the map to learn their sender", now.pending
+        )
+        yield _gauge(
+            "wa_monitor_message_lag_seconds",
+            "Age of the newest message of a batch when it was committed",
+            now.lag_seconds,
+        )
+        if now.last_message_at is not None:
+            yield _gauge(
+                "wa_monitor_bridge_last_message_age_seconds",
+                "How long ago the newest message was sent",
+                time.time() - now.last_message_at.timestamp(),
+            )
+
+
+def _drops(projects: tuple[str, ...], totals: Totals) -> CounterMetricFamily:
+    family = CounterMetricFamily(
+        "wa_monitor_drops_stored",
+        "Drops stored, by what their row holds after the write",
+        labels=("project", "identity", "kind"),
+    )
+    series: dict[DropSeries, int] = {
+        (name, judged, kind): 0 for name in projects for judged in JUDGEMENTS for kind in KINDS
+    }
+    for labels, count in {**series, **totals.drops}.items():
+        family.add_metric(labels, count)
+    return family
+
+
+def _lid_rows(projects: tuple[str, ...], rows: Mapping[str, int]) -> GaugeMetricFamily:
+    """Show rows of projects that are not enabled, or of none, under one label: the table is not only ours."""
+    family = GaugeMetricFamily(
+        "wa_monitor_lid_rows", "Rows of the table that hold a LID where a phone belongs", labels=("project",)
+    )
+    counts = Counter(dict.fromkeys((*projects, OTHER_PROJECT), 0))
+    for project, count in rows.items():
+        counts[project if project in projects else OTHER_PROJECT] += count
+    for project, count in counts.items():
+        family.add_metric((project,), count)
+    return family
+
+
+def _by_label(name: str, documentation: str, label: str, counts: Mapping[str, int]) -> CounterMetricFamily:
+    family = CounterMetricFamily(name, documentation, labels=(label,))
+    for value, count in counts.items():
+        family.add_metric((value,), count)
+    return family
+
+
+def _counter(name: str, documentation: str, value: float) -> CounterMetricFamily:
+    return CounterMetricFamily(name, documentation, value=value)
+
+
+def _gauge(name: str, documentation: str, value: float) -> GaugeMetricFamily:
+    return GaugeMetricFamily(name, documentation, value=value)

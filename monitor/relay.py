@@ -1,0 +1,420 @@
+"""The relay: messages of the bridge in, rows of PostgreSQL out. This is the monitor's whole story.
+
+    connect  ->  stand by for the cursor  ->  turn after turn until the stop
+                                               learn what the map has learnt, complete what waited for it
+                                               read what arrived after the cursor
+                                               decide: whose group, which drops, which sender
+                                               store rows, ledger, cursor and totals in one transaction
+                                               look for LIDs that stand in the table
+
+The rule: nothing lives in memory that is not in the bridge or in PostgreSQL, so the process may die at any
+point. What can come back (a bridge that is away or locked, a database that is away, a cursor that another
+process took) is waited for, for ever, with growing pauses and in plain sight: status line, log and
+`wa_monitor_store_errors_total`. Nothing is skipped meanwhile, because the cursor does not move. What cannot
+come back by itself ends a monitor that is not ready yet, and is waited for by one that is.
+
+A process that may not write stands by: it is READY, it looks at the cursor row twenty times a second, and its
+watchdog message follows each look. That is what makes the handover to a new generation, and to another host,
+a matter of milliseconds.
+
+Rejected: an event loop and threads. One turn of reading, deciding and storing is the unit in which
+everything is either done or not done; a second thread could only add interleavings.
+"""
+
+import os
+import random
+import select
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+
+from monitor import cursor
+from monitor.bridge import LOOK_BACK_ROWS, Bridge, Page
+from monitor.cursor import Claim, Cursor, Owner
+from monitor.database import Database, connect
+from monitor.drops import find_drops
+from monitor.errors import ConfigError, MonitorError, StoreError
+from monitor.identity import Known, OwnMessage, Phone, Rules, identify
+from monitor.logs import log
+from monitor.messages import Message, Place, Unreadable
+from monitor.metrics import MonitorMetrics
+from monitor.notify import Notifier
+from monitor.projects import Project, Projects
+from monitor.schema import prepare
+from monitor.settings import Settings
+from monitor.store import Decided, LidCount, PendingDrop, Store, StoredDrop
+
+BATCH_MESSAGES = 500
+_POLL_SECONDS = 0.05
+_LOOK_SECONDS = 0.05
+_FIRST_PAUSE_SECONDS = 0.1
+_LONGEST_PAUSE_SECONDS = 5.0
+_PING_SECONDS = 1.0
+_RENEWALS_PER_LEASE = 3
+# Counting LIDs reads the whole table: on a large one it may take a tenth of the time, not more.
+_COUNT_SHARE = 0.1
+
+
+class Stop:
+    """The wish to end, and a wait that it cuts short; `request` may be called from a signal handler."""
+
+    def __init__(self) -> None:
+        self._reader, self._writer = os.pipe()
+        self.requested = False
+
+    def request(self) -> None:
+        """Ask for the end; the batch that is being stored is finished first."""
+        if not self.requested:
+            self.requested = True
+            os.write(self._writer, b"x")
+
+    def wait(self, seconds: float) -> None:
+        """Wait for `seconds`, or until the end is asked for."""
+        select.select([self._reader], [], [], seconds)
+
+    def close(self) -> None:
+        """Close the pipe."""
+        os.close(self._reader)
+        os.close(self._writer)
+
+
+class Relay:
+    """Runs the monitor until it is stopped, through every failure that can pass.
+
+    `run` raises `MonitorError` for what cannot: a first start that does not say where to begin, a database
+    of another shape; with `--once`, for every failure.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        projects: Projects,
+        *,
+        notifier: Notifier,
+        metrics: MonitorMetrics,
+        stop: Stop,
+    ) -> None:
+        self._settings = settings
+        self._projects = projects
+        self._notifier = notifier
+        self._metrics = metrics
+        self._stop = stop
+        self._owner = Owner.of_this_process()
+        self._ready = False
+        self._failures = 0
+        self._last_failure = ""
+        metrics.update(projects=tuple(project.name for project in projects.enabled))
+
+    def run(self) -> None:
+        """Relay until the stop, or with `--once` until the backlog is done."""
+        while not self._stop.requested:
+            try:
+                self._serve()
+            except MonitorError as error:
+                if self._settings.once or not (error.retry or self._ready):
+                    raise
+                self._report(error)
+                self._pause()
+            else:
+                break
+
+    def _serve(self) -> None:
+        """Relay over one connection to the database, as long as it lasts."""
+        with closing(Bridge(self._settings.bridge)) as bridge:
+            bridge.known()
+            end = bridge.end()
+            with closing(connect(self._settings.database_url)) as database:
+                prepare(database)
+                claimed = self._stand_by(database, end)
+                if claimed is not None:
+                    self._relay(bridge, database, *claimed)
+
+    def _stand_by(self, database: Database, end: Place) -> tuple[Claim, Cursor] | None:
+        """Wait for the right to write; None if the stop came first."""
+        source, lease_seconds = self._settings.source, self._settings.lease_seconds
+        while not self._stop.requested:
+            seen = cursor.look(database, source)
+            if seen is None:
+                self._begin(database, end)
+                continue
+            self._become_ready(database)
+            if seen.may_be_claimed() or seen.owner.is_same_process(self._owner):
+                claimed = cursor.claim(database, source, seen, self._owner, lease_seconds)
+                if claimed is not None:
+                    return claimed, seen
+            elif self._settings.once:
+                raise StoreError(f"cursor {source!r} is held by {seen.owner}; stop that monitor first")
+            self._notifier.status(f"standing by, {seen.owner} writes")
+            self._turn_completed()
+            self._stop.wait(_LOOK_SECONDS)
+        return None
+
+    def _begin(self, database: Database, end: Place) -> None:
+        """Create the cursor where there is none; where to begin is the operator's decision."""
+        since = self._settings.since
+        if since is None:
+            raise ConfigError(
+                f"no cursor for source {self._settings.source!r} in {database.place} yet;"
+                " say where to begin with --since or WA_SINCE: an ISO time with offset, `beginning` or `now`"
+            )
+        cursor.begin(
+            database,
+            self._settings.source,
+            owner=self._owner,
+            lease_seconds=self._settings.lease_seconds,
+            place=end if since.now else Place(),
+            since=since.instant,
+        )
+
+    def _relay(self, bridge: Bridge, database: Database, held: Claim, seen: Cursor) -> None:
+        """Turn after turn until the stop; then let the next owner in."""
+        log.info(
+            "Drop monitor started (epoch %d, source %s, database %s)", held.epoch, held.source, database.place
+        )
+        self._notifier.status(f"writing, epoch {held.epoch}, database {database.place}")
+        if os.environ.get("WA_GENERATION"):
+            self._metrics.show_since(seen.totals)
+        else:
+            self._metrics.update(totals=seen.totals)
+        writer = _Writer(
+            bridge,
+            Store(database, held, self._projects),
+            LidCount(database),
+            seen,
+            self._settings,
+            projects=self._projects,
+            notifier=self._notifier,
+            metrics=self._metrics,
+        )
+        writer.look_back()
+        while not self._stop.requested:
+            found_work = writer.turn()
+            self._turn_completed()
+            if not found_work:
+                if self._settings.once:
+                    break
+                self._stop.wait(_POLL_SECONDS)
+        writer.release()
+
+    def _become_ready(self, database: Database) -> None:
+        """Say once that everything is open, checked, and that this process may or could write."""
+        if not self._ready:
+            self._ready = True
+            log.info("Ready (%d projects, database %s)", len(self._projects.enabled), database.place)
+            self._notifier.ready()
+
+    def _turn_completed(self) -> None:
+        self._failures = 0
+        self._last_failure = ""
+        self._notifier.alive()
+
+    def _report(self, error: MonitorError) -> None:
+        """Show a failure that is being waited out, each kind of it once in the log."""
+        self._metrics.count_error(error.label)
+        self._notifier.status(str(error))
+        if str(error) != self._last_failure:
+            log.warning("%s", error)
+        self._last_failure = str(error)
+        self._failures += 1
+
+    def _pause(self) -> None:
+        """Wait before the next attempt: longer each time, jittered, and never silent towards the watchdog."""
+        longest = min(_FIRST_PAUSE_SECONDS * 2 ** min(self._failures, 10), _LONGEST_PAUSE_SECONDS)
+        jitter = random.uniform(0.5, 1.0)  # noqa: S311 -- no secret
+        until_seconds = time.monotonic() + longest * jitter
+        while not self._stop.requested and (left := until_seconds - time.monotonic()) > 0:
+            self._notifier.alive()
+            self._stop.wait(min(left, _PING_SECONDS))
+
+
+@dataclass
+class _Due:
+    """Something to be done every now and then, whose time depends on what it cost."""
+
+    interval_seconds: float
+    next_seconds: float = 0.0
+
+    def now(self) -> bool:
+        """Tell whether it is time."""
+        return time.monotonic() >= self.next_seconds
+
+    def done(self, cost_seconds: float = 0.0) -> None:
+        """Start the pause, which is longer after something expensive."""
+        self.next_seconds = time.monotonic() + max(self.interval_seconds, cost_seconds / _COUNT_SHARE)
+
+
+class _Writer:
+    """The turns of a process that holds the claim."""
+
+    def __init__(
+        self,
+        bridge: Bridge,
+        store: Store,
+        lids: LidCount,
+        seen: Cursor,
+        settings: Settings,
+        *,
+        projects: Projects,
+        notifier: Notifier,
+        metrics: MonitorMetrics,
+    ) -> None:
+        self._bridge = bridge
+        self._store = store
+        self._lids = lids
+        self._settings = settings
+        self._projects = projects
+        self._notifier = notifier
+        self._metrics = metrics
+        self._rules = Rules(settings.calling_codes)
+        self._place = seen.place
+        self._since = seen.since
+        self._known: Known | None = None
+        self._newest = datetime.min.replace(tzinfo=UTC)
+        self._in_episode = False
+        self._renewal = _Due(settings.lease_seconds / _RENEWALS_PER_LEASE)
+        self._count = _Due(settings.scan_interval_seconds)
+
+    def look_back(self) -> None:
+        """Read the last rows before the cursor once more: the overlap that makes a takeover safe."""
+        if self._place.rowid:
+            page = self._bridge.read_after(self._place, 1)
+            overlap = max(0, self._place.rowid - LOOK_BACK_ROWS)
+            self._go_back(overlap if page.rescan_from is None else page.rescan_from, page.end.file)
+
+    def turn(self) -> bool:
+        """Do everything that there is to do once; return whether there was a batch: more may follow."""
+        known = self._bridge.known()
+        if known is not self._known:
+            self._learn(known)
+        page = self._bridge.read_after(self._place, BATCH_MESSAGES)
+        if page.rescan_from is not None:
+            log.warning("The bridge's file is not what it was, reading again from row %d", page.rescan_from)
+            self._go_back(page.rescan_from, page.end.file)
+        elif page.rows:
+            self._store_page(page, known)
+        self._look_after(known)
+        return page.rescan_from is not None or bool(page.rows)
+
+    def release(self) -> None:
+        """Let the next owner take over."""
+        self._store.release()
+
+    def _go_back(self, rowid: int, file: str) -> None:
+        """Move the cursor back; the ledger keeps what is read again from being stored again."""
+        place = Place(rowid=rowid, file=file)
+        self._store.rewind(self._place, place)
+        self._place = place
+
+    def _learn(self, known: Known) -> None:
+        """Log new mappings, and complete the drops whose sender they name."""
+        self._store.remember(known)
+        found = [
+            (drop, phone) for drop in self._store.pending() if (phone := self._phone(drop, known)) is not None
+        ]
+        for first in range(0, len(found), BATCH_MESSAGES):
+            completed, totals = self._store.complete(found[first : first + BATCH_MESSAGES], known)
+            self._metrics.update(totals=totals)
+            for one in completed:
+                log.info("Resolved LID %s -> %s for %s", one.drop.sender, one.phone.digits, one.drop.number)
+                if one.judgement == "lid":
+                    self._raise_alarm(one.drop.number, one.drop.project)
+        self._known = known
+
+    def _phone(self, drop: PendingDrop, known: Known) -> Phone | None:
+        """Decide again who sent a pending drop."""
+        identity = identify(drop.sender, drop.chat_jid, known, self._rules)
+        return identity if isinstance(identity, Phone) else None
+
+    def _store_page(self, page: Page, known: Known) -> None:
+        """Decide and store one batch."""
+        wanted = [row for row in page.rows if not self._is_too_old(row)]
+        written = self._store.write(
+            self._place, [self._decide(row, known) for row in wanted], page.end, known
+        )
+        self._place = page.end
+        self._renewal.done()
+        self._report_times(page.rows)
+        self._metrics.update(totals=written.totals)
+        for drop in written.stored:
+            self._log_drop(drop)
+        for (chat_jid, key), reason in written.dead.items():
+            log.error("Dead letter: message %s in %s: %s", key, chat_jid, reason)
+        if written.stored:
+            self._count.next_seconds = min(self._count.next_seconds, time.monotonic())
+
+    def _is_too_old(self, row: Message | Unreadable) -> bool:
+        """Tell whether a message was sent before the time from which on messages are ours."""
+        return self._since is not None and isinstance(row, Message) and row.sent_at < self._since
+
+    def _decide(self, row: Message | Unreadable, known: Known) -> Decided:
+        """Say what is to become of a message: whose group it is in, which drops it names, and who sent it."""
+        project = self._projects.by_chat.get(row.chat_jid)
+        if project is None:
+            return Decided(row, "other_chat")
+        if not project.enabled:
+            return Decided(row, "disabled_project", project)
+        if isinstance(row, Unreadable):
+            return Decided(row, "dead_letter", project)
+        return self._decide_message(row, project, known)
+
+    def _decide_message(self, message: Message, project: Project, known: Known) -> Decided:
+        """Decide about a message in the group of an enabled project."""
+        own_are_stored = self._settings.store_own_messages
+        if message.is_from_me and not own_are_stored:
+            return Decided(message, "own_message", project)
+        found = find_drops(message.content, extra_separators=self._settings.extra_separators)
+        if found.look_alikes:
+            log.debug("Looks like a drop and is none: %d in %s", found.look_alikes, project.name)
+        if not found.numbers:
+            return Decided(message, "no_drop", project)
+        if own_are_stored:
+            known = replace(known, own=frozenset())
+        sender = identify(message.sender, message.chat_jid, known, self._rules)
+        if isinstance(sender, OwnMessage):
+            return Decided(message, "own_message", project)
+        return Decided(message, "drops", project, found.numbers, sender)
+
+    def _log_drop(self, drop: StoredDrop) -> None:
+        """Write the lines that operators look for."""
+        log.info("Found drop: %s in %s", drop.number, drop.project.name)
+        if isinstance(drop.sender, Phone) and drop.sender.lid is not None:
+            log.info("Resolved LID %s -> %s", drop.sender.lid, drop.sender.digits)
+        if drop.kind == "new":
+            log.info("Created QA review for %s", drop.number)
+        else:
+            log.info("Resubmission detected: %s", drop.number)
+        if drop.judgement == "lid":
+            self._raise_alarm(drop.number, drop.project.name)
+
+    def _raise_alarm(self, number: str, project: str) -> None:
+        """Report a LID that stands where a phone belongs; the supervisor is asked once an episode."""
+        log.error("LID stored as a sender: %s in %s", number, project)
+        if not self._in_episode:
+            self._in_episode = True
+            self._notifier.suspect("lid-regression")
+
+    def _report_times(self, rows: Sequence[Message | Unreadable]) -> None:
+        """Show how far behind the batch was and when the newest message was sent."""
+        sent = [row.sent_at for row in rows if isinstance(row, Message)]
+        if sent:
+            self._newest = max(self._newest, *sent)
+            lag_seconds = time.time() - max(sent).timestamp()
+            self._metrics.update(lag_seconds=max(0.0, lag_seconds), last_message_at=self._newest)
+
+    def _look_after(self, known: Known) -> None:
+        """Renew the lease and count the LIDs that stand in the table, each when it is due."""
+        if self._renewal.now():
+            self._store.renew()
+            self._renewal.done()
+        if self._count.now():
+            began_seconds = time.monotonic()
+            standing = self._lids.standing(known)
+            self._metrics.update(
+                lid_rows=standing,
+                pending=self._lids.pending(self._settings.source),
+                repaired=self._lids.repaired(),
+            )
+            self._in_episode = self._in_episode and bool(standing)
+            self._count.done(time.monotonic() - began_seconds)
