@@ -39,7 +39,7 @@ def sources(tree: Path) -> dict[str, str]:
 
 def test_saves_under_load(database_url: str, tmp_path: Path) -> None:
     with Stage(tmp_path / "stage", url=database_url) as stage:
-        stage.supervise("monitor.app:main", options=("--type", "notify", "--handover", "overlap"))
+        stage.supervise("monitor.app:main", options=("--type", "notify", "--handover", "overlap", "--watch", "."))
         generation = stage.status()["live"]["generation"]
         stream = Stream(stage.bridge, seed=7, rate=MESSAGES_PER_SECOND, first_drop=1_000_001)
         with stream:
