@@ -191,6 +191,7 @@ SELECT coalesce(project, '')::text, count(*)
 FROM public.qa_photo_reviews
 WHERE split_part(split_part(submitted_by, '@', 1), ':', 1) IN (SELECT unnest(%(lids)s::text[]))
    OR split_part(split_part(user_name, '@', 1), ':', 1) IN (SELECT unnest(%(lids)s::text[]))
+   OR submitted_by ~ '@(hosted[.])?lid$' OR user_name ~ '@(hosted[.])?lid$'
 GROUP BY 1
 
 -- name: count_pending
@@ -237,7 +238,7 @@ VALUES (%(run_id)s, %(review_id)s, %(drop_number)s, %(project)s, %(old_submitted
 -- Rows whose sender may be a LID that the map does not have: an address at a LID server, or very many digits.
 SELECT drop_number::text, coalesce(project, '')::text, submitted_by::text, user_name::text
 FROM public.qa_photo_reviews
-WHERE submitted_by ~ '@(hosted\.)?lid$' OR user_name ~ '@(hosted\.)?lid$'
+WHERE submitted_by ~ '@(hosted[.])?lid$' OR user_name ~ '@(hosted[.])?lid$'
    OR submitted_by ~ '^[0-9]{13,20}$' OR user_name ~ '^[0-9]{13,20}$'
 ORDER BY 2, 1
 
@@ -252,6 +253,7 @@ LEFT JOIN LATERAL (SELECT coalesce(resolved_tree, tree) AS tree, coalesce(resolv
                    ORDER BY 2 DESC LIMIT 1) AS event ON true
 WHERE split_part(split_part(review.submitted_by, '@', 1), ':', 1) IN (SELECT unnest(%(lids)s::text[]))
    OR split_part(split_part(review.user_name, '@', 1), ':', 1) IN (SELECT unnest(%(lids)s::text[]))
+   OR review.submitted_by ~ '@(hosted[.])?lid$' OR review.user_name ~ '@(hosted[.])?lid$'
 GROUP BY 1, 2
 ORDER BY 1, 2
 

@@ -30,7 +30,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
-from monitor import cursor
+from monitor import census, cursor
 from monitor.bridge import LOOK_BACK_ROWS, Bridge, Page
 from monitor.cursor import Claim, Cursor, Owner
 from monitor.database import Database, connect
@@ -44,7 +44,7 @@ from monitor.notify import Notifier
 from monitor.projects import Project, Projects
 from monitor.schema import prepare
 from monitor.settings import Settings
-from monitor.store import Decided, LidCount, PendingDrop, Store, StoredDrop
+from monitor.store import Decided, PendingDrop, Store, StoredDrop
 
 BATCH_MESSAGES = 500
 _POLL_SECONDS = 0.05
@@ -181,7 +181,7 @@ class Relay:
         writer = _Writer(
             bridge,
             Store(database, held, self._projects),
-            LidCount(database),
+            database,
             seen,
             self._settings,
             projects=self._projects,
@@ -252,7 +252,7 @@ class _Writer:
         self,
         bridge: Bridge,
         store: Store,
-        lids: LidCount,
+        database: Database,
         seen: Cursor,
         settings: Settings,
         *,
@@ -262,7 +262,7 @@ class _Writer:
     ) -> None:
         self._bridge = bridge
         self._store = store
-        self._lids = lids
+        self._database = database
         self._settings = settings
         self._projects = projects
         self._notifier = notifier
@@ -410,11 +410,11 @@ class _Writer:
             self._renewal.done()
         if self._count.now():
             began_seconds = time.monotonic()
-            standing = self._lids.standing(known)
+            standing = census.lid_rows(self._database, known)
             self._metrics.update(
                 lid_rows=standing,
-                pending=self._lids.pending(self._settings.source),
-                repaired=self._lids.repaired(),
+                pending=census.pending_drops(self._database, self._settings.source),
+                repaired=census.repaired_rows(self._database),
             )
             self._in_episode = self._in_episode and bool(standing)
             self._count.done(time.monotonic() - began_seconds)

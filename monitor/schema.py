@@ -53,6 +53,15 @@ def prepare(database: Database) -> None:
     check_reviews(database)
 
 
+def require(database: Database) -> None:
+    """Check, changing nothing, that a monitor has run on this database."""
+    if not _exists(database, "wa_monitor.migration"):
+        raise StoreSchemaError(
+            f"database {database.place} has no tables of the monitor;"
+            " check that DATABASE_URL names the right one, or start the monitor on it first"
+        )
+
+
 def check_reviews(database: Database) -> None:
     """Check that `qa_photo_reviews` has what the monitor reads and writes."""
     present: dict[str, str] = dict(database.rows("review_columns"))

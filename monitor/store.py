@@ -434,27 +434,3 @@ def _name(project: Project | None) -> str | None:
 
 def _local(instant: datetime) -> str:
     return f"{instant.astimezone(BUSINESS_ZONE):%Y-%m-%d %H:%M %Z}"
-
-
-class LidCount:
-    """Counts the LIDs that stand in the table; needs no claim, since it only reads."""
-
-    def __init__(self, database: Database) -> None:
-        self._database = database
-
-    def standing(self, known: Known) -> dict[str, int]:
-        """Return how many rows hold a LID now, by project (empty for rows without one)."""
-        return dict(self._database.rows("count_lid_rows", {"lids": lids_of(known)}))
-
-    def pending(self, source: str) -> int:
-        """Return how many drops of a source wait for their sender."""
-        return int(self._database.rows("count_pending", {"source": source})[0][0])
-
-    def repaired(self) -> int:
-        """Return how many rows were ever repaired."""
-        return int(self._database.rows("count_repaired")[0][0])
-
-
-def lids_of(known: Known) -> list[str]:
-    """Return what is certainly a LID: listed as one, and not as a phone as well."""
-    return [lid for lid in known.phone_of if lid not in known.lid_of]

@@ -1,0 +1,98 @@
+"""Audit: is there a LID in the table now, which code put it there, and what else is not as it should be?
+
+The rule: the audit reads the table and the map and trusts nobody's memory. It shares `judgement` with the
+store and nothing with `identity`, so it finds what a faulty resolver has stored. Each LID is shown with the
+digest of the code that stored it, from the events: after a fault one wants to know which version it was, and
+since when.
+
+A LID that stands is a failure (exit status 1). Senders that are pending are not: they are what happens when
+the map does not know somebody yet, and they complete themselves.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime
+
+import msgspec
+
+from monitor.census import Doubtful, doubtful_rows, lids_of
+from monitor.database import Database
+from monitor.identity import Known
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """LIDs that stand in the table now, of one project and one version of the code."""
+
+    project: str
+    tree: str | None
+    """Digest of the code that stored them; None for rows that no message of ours explains."""
+    since: datetime | None
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class NewlyStored:
+    """Drops that held a LID right after they were stored, repaired or not."""
+
+    project: str
+    tree: str
+    first_at: datetime
+    last_at: datetime
+    drops: int
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Drops without a sender."""
+
+    project: str
+    kind: str
+    """`pending` for a LID that the map may learn, `unknown` for what may never be a person."""
+    drops: int
+    since: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetters:
+    """Messages that cannot be stored."""
+
+    project: str
+    reason: str
+    messages: int
+    last_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """Everything that the audit found."""
+
+    standing: list[Standing]
+    newly_stored: list[NewlyStored]
+    waiting: list[Waiting]
+    dead_letters: list[DeadLetters]
+    doubtful: list[Doubtful]
+
+    @property
+    def failed(self) -> bool:
+        """Tell whether a LID stands in the table."""
+        return bool(self.standing)
+
+    def to_json(self) -> bytes:
+        """Return the findings as JSON: the fields above, times in ISO form, and `failed`."""
+        document = {"failed": self.failed, **msgspec.to_builtins(self)}
+        return msgspec.json.format(msgspec.json.encode(document), indent=2)
+
+
+def audit(database: Database, known: Known) -> Findings:
+    """Look at everything; raises `StoreError` when the database does not let it."""
+    standing = database.rows("audit_standing", {"lids": lids_of(known)})
+    return Findings(
+        standing=[Standing(*row) for row in standing],
+        newly_stored=[NewlyStored(*row) for row in database.rows("audit_newly_stored")],
+        waiting=[
+            Waiting(project, "pending" if is_lid else "unknown", drops, since)
+            for project, is_lid, drops, since in database.rows("audit_pending")
+        ],
+        dead_letters=[DeadLetters(*row) for row in database.rows("audit_dead_letters")],
+        doubtful=doubtful_rows(database, known),
+    )
