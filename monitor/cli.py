@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -30,6 +31,7 @@ from monitor.errors import MonitorError
 from monitor.logs import mask_numbers
 from monitor.repair import Report, repair
 from monitor.settings import DatabaseUrl, Settings, Values, load
+from monitor.store import BUSINESS_ZONE
 
 commands = typer.Typer(
     name="wa-monitor",
@@ -194,6 +196,10 @@ def _state_directory() -> Path:
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "wa-monitor"
 
 
+def _moment(instant: datetime) -> str:
+    return f"{instant.astimezone(BUSINESS_ZONE):%Y-%m-%d %H:%M:%S %Z}"
+
+
 def _say(console: Console, text: str) -> None:
     """Print a line as it is: whole, and brackets in it are no markup."""
     console.print(text, soft_wrap=True, markup=False, highlight=False)
@@ -223,7 +229,7 @@ def _show_findings(findings: Findings, *, full_numbers: bool) -> None:
     if findings.standing:
         table = Table("project", "rows", "stored by tree", "since", title="LIDs that stand in the table")
         for one in findings.standing:
-            since = f"{one.since:%Y-%m-%d %H:%M:%S %Z}" if one.since else "unknown"
+            since = _moment(one.since) if one.since else "unknown"
             table.add_row(escape(one.project) or "(none)", str(one.rows), one.tree or "(no record)", since)
         console.print(table)
     else:
@@ -232,12 +238,12 @@ def _show_findings(findings: Findings, *, full_numbers: bool) -> None:
         _say(
             console,
             f"stored as LID: {new.drops} in {new.project} by tree {new.tree or '(not supervised)'},"
-            f" {new.first_at:%Y-%m-%d %H:%M:%S} to {new.last_at:%Y-%m-%d %H:%M:%S %Z}",
+            f" {_moment(new.first_at)} to {_moment(new.last_at)}",
         )
     for waiting in findings.waiting:
         _say(
             console,
-            f"{waiting.kind}: {waiting.drops} in {waiting.project} since {waiting.since:%Y-%m-%d %H:%M:%S %Z}",
+            f"{waiting.kind}: {waiting.drops} in {waiting.project} since {_moment(waiting.since)}",
         )
     for letter in findings.dead_letters:
         _say(console, f"dead letters: {letter.messages} in {letter.project or '(none)'}: {letter.reason}")
