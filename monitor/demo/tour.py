@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Final
 import psycopg
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from monitor.demo import incident
 from monitor.demo.bridge import MAPPED_LIDS, NORTHFIELD, UNMAPPED_LID
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 _IDENTITY: Final = Path("monitor", "identity.py")
 _TARGET: Final = "monitor.app:main"
-_OPTIONS: Final = ("--type", "notify", "--handover", "overlap")
+_OPTIONS: Final = ("--type", "notify", "--handover", "overlap", "--watch", ".")
 _SEED: Final = 20251111
 _BACKLOG: Final = 60
 _FIRST_DROP: Final = 1_000_001
@@ -49,6 +50,8 @@ _TOUR_RATE: Final = 20.0
 _STAY_RATE: Final = 1.0
 _STAY_LOOK_SECONDS: Final = 0.5
 _MORE_ROWS: Final = 20
+_LIDS: Final = [lid for lid, _ in (*MAPPED_LIDS, UNMAPPED_LID)]
+_LOG_COLUMNS: Final = 120
 _ASK_PLAIN: Final = """\
 import monitor.identity as identity
 answer = identity.identify({lid!r}, {chat!r}, identity.Known(), identity.Rules())
@@ -62,7 +65,7 @@ def main(*, once: bool, folder: Path | None) -> int:
     ``once`` runs the scripted tour and ends; otherwise the demo stays until Ctrl-C. Returns the exit code: 0
     when everything was observed (or the stay was ended by Ctrl-C), 1 otherwise.
     """
-    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else _LOG_COLUMNS)
     with _scratch(folder) as scratch, _interruptible():
         try:
             url = os.environ.get("DATABASE_URL") or os.environ.get("NEON_DATABASE_URL")
@@ -173,7 +176,7 @@ class _Tour:
     def _bug_comes(self) -> None:
         self._step(
             "The bug is saved",
-            f"identity.py now has `{incident.BUG}`; same size, same time, {len(self._bad)} bytes",
+            f"identity.py gets `{incident.BUG}`, its size and time stay",
         )
         self._save(self._bad)
         self._why(
@@ -204,12 +207,20 @@ class _Tour:
         self._step("The fix is saved", "the old text again; same size, same time")
         self._save(self._good)
         self._expect("wa-supervisor verify: running code is the code on disk", self._verify(), 0)
-        before = self._lids_stored()
-        rows = self._rows()
-        self._stage.wait("drops are stored by the fixed code", lambda: self._rows() > rows + _MORE_ROWS)
-        if self._lids_stored() != before:
-            raise DemoError("LIDs are still being stored although the fix is live")
-        self._seen(f"{self._rows() - rows} more drops stored, not one with a LID")
+        known = [drop for (drop,) in self._stage.ask("SELECT drop_number FROM public.qa_photo_reviews")]
+        fresh = (
+            "SELECT count(*), count(*) FILTER (WHERE submitted_by = ANY(%s) OR user_name = ANY(%s))"
+            " FROM public.qa_photo_reviews WHERE drop_number <> ALL(%s)"
+        )
+        stored, wrong = self._stage.wait(
+            "drops are stored by the fixed code",
+            lambda: next(
+                (row for row in self._stage.ask(fresh, _LIDS, _LIDS, known) if row[0] >= _MORE_ROWS), None
+            ),
+        )
+        if wrong:
+            raise DemoError(f"{wrong} of {stored} new drops were stored with a LID although the fix is live")
+        self._seen(f"{stored} more drops stored, not one with a LID")
         self._why("no restart by hand, no cache to clear, and the claim is checked in the running process")
 
     def _repair(self) -> None:
@@ -224,7 +235,7 @@ class _Tour:
     def _count(self) -> None:
         self._step("The count", "the bridge's file against PostgreSQL, after all of this")
         self._stage.wait("both sides agree", lambda: all(line.complete for line in self._compare()))
-        table = Table("project", box=None, pad_edge=False)
+        table = Table("   project", box=None, pad_edge=False)
         for heading in ("messages", "drops posted", "in ledger", "drops", "rows", "lost", "doubled", "LIDs"):
             table.add_column(heading, justify="right")
         lines = self._compare()
@@ -233,7 +244,7 @@ class _Tour:
                 *(line.messages_total, line.posts_total, line.events_total, line.drops_total),
                 *(line.rows_total, len(line.lost), len(line.doubled), line.lids_total),
             )
-            table.add_row(line.project, *map(str, numbers))
+            table.add_row(f"   {line.project}", *map(str, numbers))
         self._console.print(table)
         if any(line.lids_total for line in lines):
             raise DemoError("LIDs stand in the table although they were repaired")
@@ -261,7 +272,8 @@ class _Tour:
     def _reloaded(self, old_tree: str) -> dict[str, Any] | None:
         status = self._stage.status()
         live = status["live"]
-        return status if status["in_sync"] and live is not None and live["tree"] != old_tree else None
+        alone = live is not None and not status["draining"]
+        return status if status["in_sync"] and alone and live["tree"] != old_tree else None
 
     def _verify(self) -> subprocess.CompletedProcess[str]:
         return self._stage.command("wa-supervisor", "verify")
@@ -306,14 +318,22 @@ class _Tour:
 
     def _step(self, name: str, what: str) -> None:
         self._steps += 1
-        self._console.print(f"\n[bold]{self._steps}  {name}[/]\n   {what}", markup=True)
+        self._console.print(f"\n[bold]{self._steps}  {name}[/]")
+        self._line("", what)
 
     def _seen(self, what: str) -> None:
-        self._console.print("   [green]seen[/]  ", end="")
-        self._console.print(what, markup=False)
+        self._line("seen", what, style="green")
 
     def _why(self, what: str) -> None:
-        self._console.print(f"   [dim]why   {what}[/]")
+        self._line("why", what, style="dim")
+
+    def _line(self, label: str, text: str, *, style: str = "") -> None:
+        """Print a text that keeps its indent when it is longer than the screen is wide."""
+        grid = Table.grid(padding=(0, 1))
+        grid.add_column(width=7, justify="right", style=style)
+        grid.add_column()
+        grid.add_row(label, Text(text))
+        self._console.print(grid)
 
 
 def _stay(console: Console, stage: Stage, stream: Stream) -> int:
