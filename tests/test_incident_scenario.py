@@ -61,7 +61,7 @@ def build_script_tree(tree: Path) -> None:
     for source in PACKAGE.glob("*.py"):
         if source.stem not in NOT_IN_THE_TREE:
             text = source.read_text(encoding="utf-8")
-            text = re.sub(r"^( *)from monitor import (\w+)$", r"\1import \2", text, flags=re.MULTILINE)
+            text = re.sub(r"^( *)from monitor import (.+)$", r"\1import \2", text, flags=re.MULTILINE)
             text = re.sub(r"^( *)from monitor\.(\w+) import ", r"\1from \2 import ", text, flags=re.MULTILINE)
             name = "monitor.py" if source.stem == "app" else source.name
             (modules / name).write_text(text, encoding="utf-8")
