@@ -1,9 +1,13 @@
-"""Blobs: source bytes kept under their sha256, so that a generation always gets the bytes it was started
-from.
+"""Blobs: source bytes kept under their sha256, so that a generation gets the bytes it was started from.
 
-The rule: what is read back has the digest that was asked for, or an error is raised. A blob is written once,
-to a temporary name that is renamed, so a reader never sees half of one. The manifests that children start
-from lie beside the blobs, each under its tree digest.
+The rules: what is read back has the digest that was asked for, or an error is raised; and **what is put in is
+there afterwards**, whatever was on disk before. A blob is written once, to a temporary name that is renamed,
+so a reader never sees half of one; but a power cut may leave an empty file under a good name, and a cleaner
+of old files may take one away, so what an earlier run left is compared before it is relied on. The manifests
+that children start from lie beside the blobs, each under its tree digest.
+
+One supervisor owns the directory, held by a lock that the kernel releases with the process: each removes what
+its own generations no longer need, and two would remove each other's.
 
 Rejected: handing the sources to the child in its start message (20,000 files are megabytes on each start),
 and git's object store (the tree need not be a repository, and its owner may be another user).
@@ -11,14 +15,19 @@ and git's object store (the tree need not be a repository, and its owner may be 
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import weakref
 from collections.abc import Collection
 from pathlib import Path
 
-from supervisor.errors import BlobError
+from supervisor.errors import AlreadyRunningError, BlobError
 from supervisor.manifest import Manifest
+
+_LOCK = "lock"
 
 
 class BlobStore:
@@ -26,6 +35,10 @@ class BlobStore:
 
     Args:
         directory: is created with mode 0700 where it does not exist.
+
+    Raises:
+        AlreadyRunningError: another supervisor keeps its sources there.
+        OSError: the directory cannot be used.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -33,14 +46,26 @@ class BlobStore:
         self.manifests = directory / "manifests"
         for folder in (self.blobs, self.manifests):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._held = {path.name for path in self.blobs.iterdir()}
+        self._release = weakref.finalize(self, os.close, _lock(directory))
+        self._held: dict[str, int] = {}
+        """Digest to size of what was seen whole by this process."""
+
+    def close(self) -> None:
+        """Let another supervisor have the directory."""
+        self._release()
 
     def put(self, content: bytes) -> str:
-        """Keep ``content`` and return its sha256 in hexadecimal."""
+        """Keep ``content`` and return its sha256 in hexadecimal.
+
+        Raises:
+            OSError: it cannot be written, for example because the disk is full.
+        """
         digest = hashlib.sha256(content).hexdigest()
-        if digest not in self._held:
-            _write(self.blobs / digest, content)
-            self._held.add(digest)
+        path = self.blobs / digest
+        if digest not in self._held or self._held[digest] != _size(path):
+            if _content(path) != content:
+                _write(path, content)
+            self._held[digest] = len(content)
         return digest
 
     def get(self, digest: str) -> bytes:
@@ -58,29 +83,73 @@ class BlobStore:
         return content
 
     def put_manifest(self, manifest: Manifest) -> Path:
-        """Keep ``manifest`` for children to start from and return its file."""
+        """Keep ``manifest`` for children to start from and return its file.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         path = self.manifests / f"{manifest.digest}.json"
-        if not path.exists():
-            body = {"base": manifest.base, "roots": manifest.roots, "sources": dict(manifest.sources)}
-            _write(path, json.dumps(body).encode())
+        body = {"base": manifest.base, "roots": manifest.roots, "sources": dict(manifest.sources)}
+        content = json.dumps(body).encode()
+        if _content(path) != content:
+            _write(path, content)
         return path
 
     def collect(self, keep: Collection[Manifest]) -> None:
-        """Remove every blob and manifest that none of ``keep`` needs."""
+        """Remove what none of ``keep`` needs, and what a killed run left half written.
+
+        What cannot be removed is tried again the next time.
+        """
         needed = {digest for manifest in keep for digest in manifest.sources.values()}
-        for digest in self._held - needed:
-            (self.blobs / digest).unlink(missing_ok=True)
-        self._held &= needed
-        names = {f"{manifest.digest}.json" for manifest in keep}
-        for path in self.manifests.iterdir():
-            if path.name not in names:
-                path.unlink(missing_ok=True)
+        _remove_others(self.blobs, needed)
+        _remove_others(self.manifests, {f"{manifest.digest}.json" for manifest in keep})
+        self._held = {digest: size for digest, size in self._held.items() if digest in needed}
+
+
+def _lock(directory: Path) -> int:
+    """Take the directory for this process and return the descriptor that holds it."""
+    descriptor = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise AlreadyRunningError(
+            f"another supervisor keeps its sources in {directory}; give each supervisor its own --state-dir"
+        ) from None
+    return descriptor
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
+
+
+def _remove_others(folder: Path, needed: Collection[str]) -> None:
+    with contextlib.suppress(OSError):
+        for path in [path for path in folder.iterdir() if path.name not in needed]:
+            path.unlink()
 
 
 def _write(path: Path, content: bytes) -> None:
     """Write a file that appears whole or not at all, readable by its owner only."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with open(descriptor, "wb") as file:  # noqa: PTH123 -- takes over the descriptor
-        file.write(content)
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # A cleaner may have taken that, too.
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with open(descriptor, "wb") as file:  # noqa: PTH123 -- takes over the descriptor
+            file.write(content)
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        # A failed write does not name its file; whoever reads the reason wants to know where.
+        raise OSError(error.errno, error.strerror, str(path.parent)) from error

@@ -2,7 +2,10 @@
 
 The rule: the main loop never compiles and never waits. :class:`CompileJob` is a process whose output the loop
 collects when it is readable; a job that outlives its deadline is killed and counts as a rejection of the
-tree.
+tree, and so does one that hits its own limits or could not be started at all.
+
+The helper gets the children's environment without what would change how *it* works: a ``PYTHONPATH`` that
+leads into the tree would have it import the tree's modules in place of the standard library's.
 
 Source: :mod:`supervisor.compiler` says what is purged and why.
 """
@@ -11,12 +14,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from supervisor.errors import SourceError
 from supervisor.manifest import Manifest, Tree
 
 _HELPER = Path(__file__).parent / "compiler.py"
@@ -27,6 +33,9 @@ DEADLINE_SECONDS = 120.0
 MEMORY_BYTES = 2 * 1024**3
 """Address space of a helper."""
 
+_HEARD_VARIABLES = frozenset({"PYTHONPYCACHEPREFIX", "PYTHONHOME", "PYTHONUTF8", "PYTHONCOERCECLOCALE"})
+"""Which of Python's own variables the helper takes over: where things lie, and how names are spelt."""
+
 
 @dataclass(frozen=True)
 class BytecodeReport:
@@ -34,11 +43,11 @@ class BytecodeReport:
 
     Attributes:
         error: one sentence about the first source that is no valid Python, or about the helper's own end;
-        None if all is
-            well. Nothing was purged or compiled then.
-        purged: absolute paths of the bytecode files that were removed. compiled_total: how many were written.
+            None if all is well.
+        purged: absolute paths of the bytecode files that were removed.
+        compiled_total: how many were written.
         unwritable: absolute paths that could be neither removed nor written: other processes may read stale
-        bytecode.
+            bytecode.
     """
 
     error: str | None
@@ -51,50 +60,56 @@ class CompileJob:
     """A running helper.
 
     Args:
-        process: the helper; its stdout is non-blocking.
+        process: the helper, or why there is none.
+        output: non-blocking descriptor of what it writes. It is closed with the last reference to the job and
+            not earlier: its number may not go to another file while the main loop still waits on it.
         request: the file it reads, removed at the end.
         deadline: monotonic time after which it is killed.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], request: Path, deadline: float) -> None:
+    def __init__(
+        self, process: subprocess.Popen[bytes] | str, output: int, request: Path, deadline: float
+    ) -> None:
         self._process = process
+        self._output = output
+        weakref.finalize(self, os.close, output)
         self._request = request
-        self._output = bytearray()
+        self._received = bytearray()
         self.deadline = deadline
 
     def fileno(self) -> int:
         """Return the descriptor to wait on for reading."""
-        return self._stdout
-
-    @property
-    def _stdout(self) -> int:
-        assert self._process.stdout is not None  # noqa: S101 -- it was started with a pipe
-        return self._process.stdout.fileno()
+        return self._output
 
     def read(self) -> BytecodeReport | None:
         """Take what the helper has written; return its report once it has ended."""
         try:
-            while data := os.read(self._stdout, 262144):
-                self._output += data
+            while data := os.read(self._output, 262144):
+                self._received += data
         except BlockingIOError:
             return None
-        code = self._close()
+        ended = self._close()
         try:
-            return _report(json.loads(self._output))
+            return _report(json.loads(self._received))
         except ValueError:
-            return BytecodeReport(f"the compile helper ended with status {code} before it was done")
+            return BytecodeReport(ended)
 
     def cancel(self) -> None:
         """Kill the helper; what it had written to disk so far is checked-hash bytecode and harms nobody."""
-        self._process.kill()
+        if not isinstance(self._process, str):
+            self._process.kill()
         self._close()
 
-    def _close(self) -> int:
-        code = self._process.wait()  # It has closed its output or was killed: this takes no time.
-        if self._process.stdout is not None:
-            self._process.stdout.close()
+    def _close(self) -> str:
+        """Free what was held and say how the helper ended."""
         self._request.unlink(missing_ok=True)
-        return code
+        if isinstance(self._process, str):
+            return self._process
+        code = self._process.wait()  # It has closed its output or was killed: this takes no time.
+        if code == -signal.SIGXCPU:
+            return f"compiling the tree took more than {DEADLINE_SECONDS:g} s of processor time"
+        how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
+        return f"the compile helper ended {how} before it was done"
 
 
 def start(
@@ -112,34 +127,55 @@ def start(
 
     Args:
         tree: the roots.
-        before: the manifest that was last compiled; None compiles all.
+        before: the manifest that was last compiled, for what has changed and what is gone since; None
+            compiles all.
         after: the manifest to judge and compile.
         blobs: directory of its pinned sources.
         scratch: directory for the request.
         environment: of the children, for ``PYTHONPYCACHEPREFIX``.
-        sweep: look at every cache directory of the tree, not only at those of changed sources.
+        sweep: compile all, and look at every cache directory of the tree, not only at those of changed
+            sources.
         now: monotonic time.
     """
-    paths = before.changes(after) if before else tuple(after.sources)
-    request = {
-        "sources": {after.absolute(p): str(blobs / after.sources[p]) for p in paths if p in after.sources},
-        "removed": [after.absolute(p) for p in paths if p not in after.sources],
-        "directories": list(tree.directories()) if sweep else [],
-        "roots": tree.roots,
-        "cpu_seconds": int(DEADLINE_SECONDS),
-        "memory_bytes": MEMORY_BYTES,
-    }
+    changed = before.changes(after) if before and not sweep else tuple(after.sources)
+    gone = before.sources.keys() - after.sources.keys() if before else ()
     file = scratch / f"compile-{after.digest[:16]}.json"
-    file.write_text(json.dumps(request), encoding="utf-8")
-    process = subprocess.Popen(
-        [sys.executable, "-S", "-P", "-W", "ignore", str(_HELPER), str(file)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        env=dict(environment),
-    )
-    job = CompileJob(process, file, now + DEADLINE_SECONDS)
-    os.set_blocking(job.fileno(), False)
-    return job
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    process: subprocess.Popen[bytes] | str
+    try:
+        request = {
+            "sources": {
+                after.absolute(p): str(blobs / after.sources[p]) for p in changed if p in after.sources
+            },
+            "removed": [after.absolute(p) for p in sorted(gone)],
+            "directories": list(tree.directories()) if sweep else [],
+            "roots": tree.roots,
+            "cpu_seconds": int(DEADLINE_SECONDS),
+            "memory_bytes": MEMORY_BYTES,
+        }
+        file.write_text(json.dumps(request), encoding="utf-8")
+        process = subprocess.Popen(
+            [sys.executable, "-S", "-P", "-W", "ignore", str(_HELPER), str(file)],
+            stdin=subprocess.DEVNULL,
+            stdout=writer,
+            env=_environment(environment),
+        )
+    except OSError as error:
+        process = f"the compile helper could not be started: {error.strerror or error}"
+    except SourceError as error:
+        process = str(error)
+    finally:
+        os.close(writer)
+    return CompileJob(process, reader, file, now + DEADLINE_SECONDS)
+
+
+def _environment(children: Mapping[str, str]) -> dict[str, str]:
+    return {
+        name: value
+        for name, value in children.items()
+        if not name.startswith("PYTHON") or name in _HEARD_VARIABLES
+    }
 
 
 def shorten(paths: Collection[str], limit: int = 5) -> str:

@@ -1,5 +1,4 @@
-"""The compile helper: purges stale bytecode, judges the syntax of sources, writes checked-hash bytecode. Runs
-and ends.
+"""The compile helper: purges stale bytecode, judges the syntax of sources, writes checked-hash bytecode.
 
 A process of its own because ``compile()`` holds the GIL: five megabytes of small functions take over a minute
 and most of a gigabyte. It is run as a file with the standard library only, under limits of time and memory
@@ -15,24 +14,29 @@ written is reported, it is no failure: our children read no ``.pyc``.
 What is stale: any ``.pyc`` that the importer would trust without reading the source (timestamp or unchecked
 hash), one whose hash is not that of the source, one whose source is gone. A ``.pyc`` *beside* the sources is
 removed only where a source of that name is or was: elsewhere it may be a module that is shipped without
-source.
+source. A directory left with nothing but an emptied ``__pycache__`` is removed, because it would go on to be
+importable as a namespace package.
+
+Nothing met on the way can stop the helper: not a pipe under a good name, not a file of somebody else.
 
 Source: PEP 552, https://docs.python.org/3/library/py_compile.html.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import py_compile
 import resource
+import stat
 import sys
+from collections.abc import Iterable
 from importlib.util import MAGIC_NUMBER, cache_from_source, source_hash
 from typing import Any
 
 _HEADER_BYTES = 16
 _CHECKED_HASH = 0b11
+_CACHE = "__pycache__"
 
 
 class Helper:
@@ -58,9 +62,7 @@ class Helper:
 
     def run(self) -> dict[str, Any]:
         """Do the work and return the report."""
-        errors = [
-            error for path, blob in self._sources.items() if (error := _judge(path, _read(blob))) is not None
-        ]
+        errors = [error for path, blob in self._sources.items() if (error := _judge(path, blob)) is not None]
         if not errors:
             self._purge()
             for path in self._sources:
@@ -73,38 +75,40 @@ class Helper:
         }
 
     def _purge(self) -> None:
-        for path in (*self._sources, *self._removed):
+        changed = (*self._sources, *self._removed)
+        stems: dict[str, set[str]] = {}
+        for path in changed:
             folder, name = os.path.split(path)
-            stem = name.removesuffix(".py")
-            for cache in _cache_directories(folder):
-                for entry in _names(cache):
-                    if entry.endswith(".pyc") and entry.partition(".")[0] == stem:
-                        self._purge_cached(os.path.join(cache, entry), path)
-            self._remove_if_there(os.path.join(folder, f"{stem}.pyc"))
-        for folder in self._directories:
+            stems.setdefault(folder, set()).add(name.removesuffix(".py"))
+        swept = set(self._directories)
+        for folder in stems.keys() | swept:
             for cache in _cache_directories(folder):
                 for entry in _names(cache):
                     if entry.endswith(".pyc"):
-                        source = os.path.join(folder, entry.partition(".")[0] + ".py")
-                        self._purge_cached(os.path.join(cache, entry), source)
+                        stem = _stem(folder, entry, stems.get(folder, ()))
+                        if folder in swept or stem in stems[folder]:
+                            self._purge_cached(os.path.join(cache, entry), os.path.join(folder, f"{stem}.py"))
+        for path in changed:
+            self._remove_if_there(f"{path}c")
         # Deepest first: a parent may be left with nothing only after its child went.
         for folder in sorted(
-            {os.path.dirname(path) for path in self._removed} | set(self._directories), key=len
-        )[::-1]:
+            {os.path.dirname(path) for path in self._removed} | swept, key=len, reverse=True
+        ):
             self._remove_shell(folder)
 
     def _purge_cached(self, pyc: str, source: str) -> None:
-        content = _read(self._sources[source]) if source in self._sources else _read_or_none(source)
-        if content is None or _stale(_read(pyc)[:_HEADER_BYTES], content):
+        content = _read(self._sources.get(source, source))
+        header = _read(pyc, _HEADER_BYTES)
+        if content is None or header is None or _stale(header, content):
             self._remove(pyc)
 
     def _compile(self, path: str) -> None:
         cached = cache_from_source(path)
-        content = _read_or_none(path)
+        content = _read(path)
         if content is None:
             return  # Deleted since; the next manifest will say so.
-        existing = _read_or_none(cached)
-        if existing is not None and not _stale(existing[:_HEADER_BYTES], content):
+        existing = _read(cached, _HEADER_BYTES)
+        if existing is not None and not _stale(existing, content):
             return
         try:
             py_compile.compile(
@@ -124,20 +128,28 @@ class Helper:
     def _remove(self, path: str) -> None:
         try:
             os.unlink(path)
+        except FileNotFoundError:
+            return  # Somebody else was faster.
         except OSError:
             self.unwritable.append(path)
         else:
             self.purged.append(path)
 
     def _remove_shell(self, folder: str) -> None:
-        """Remove a directory that holds nothing but an empty ``__pycache__``: it would import as a namespace package."""
-        if folder in self._roots or _names(folder) != ["__pycache__"]:
-            return
-        try:
-            os.rmdir(os.path.join(folder, "__pycache__"))
-            os.rmdir(folder)
-        except OSError:
-            self.unwritable.append(folder)
+        """Remove a directory that holds nothing but an empty ``__pycache__``, and parents emptied by that."""
+        left = [_CACHE]
+        while folder not in self._roots and not os.path.islink(folder) and _names(folder) == left:
+            cache = os.path.join(folder, _CACHE)
+            if left and _names(cache):
+                return  # Somebody keeps something else there.
+            try:
+                if left:
+                    os.rmdir(cache)
+                os.rmdir(folder)
+            except OSError:
+                self.unwritable.append(folder)
+                return
+            folder, left = os.path.dirname(folder), []
 
 
 def _stale(header: bytes, source: bytes) -> bool:
@@ -148,25 +160,39 @@ def _stale(header: bytes, source: bytes) -> bool:
     return header[:4] == MAGIC_NUMBER and header[8:16] != source_hash(source)
 
 
-def _judge(path: str, content: bytes) -> dict[str, Any] | None:
+def _judge(path: str, blob: str) -> dict[str, Any] | None:
     """Return what is wrong with the syntax of a source, or None."""
+    content = _read(blob)
+    if content is None:
+        return {"path": path, "line": None, "message": f"its pinned bytes in {blob} are not readable"}
     try:
         compile(content, path, "exec", dont_inherit=True)
     except SyntaxError as error:
         return {"path": path, "line": error.lineno, "message": error.msg}
-    except (ValueError, RecursionError, OverflowError, MemoryError) as error:
+    except MemoryError:
+        return {"path": path, "line": None, "message": "compiling it takes more memory than it may"}
+    except (ValueError, RecursionError, OverflowError) as error:
         return {"path": path, "line": None, "message": f"{type(error).__name__}: {error}"}
     return None
 
 
+def _stem(folder: str, entry: str, known: Iterable[str]) -> str:
+    """Return the name of the module that a cached file is of, dots and all: ``plug.in.cpython-311.pyc``.
+
+    It is the longest beginning that is a source there, or was one until now; else all up to the first dot.
+    """
+    parts = entry.split(".")[:-1]
+    for length in range(len(parts), 0, -1):
+        stem = ".".join(parts[:length])
+        if stem in known or os.path.lexists(os.path.join(folder, f"{stem}.py")):
+            return stem
+    return parts[0]
+
+
 def _cache_directories(folder: str) -> list[str]:
     """Return where bytecode of the sources of a folder may lie: beside them, and below ``pycache_prefix``."""
-    beside = os.path.join(folder, "__pycache__")
-    return list(
-        dict.fromkeys(
-            (beside, os.path.dirname(importlib.util.cache_from_source(os.path.join(folder, "m.py"))))
-        )
-    )
+    beside = os.path.join(folder, _CACHE)
+    return list(dict.fromkeys((beside, os.path.dirname(cache_from_source(os.path.join(folder, "m.py"))))))
 
 
 def _names(folder: str) -> list[str]:
@@ -176,28 +202,31 @@ def _names(folder: str) -> list[str]:
         return []  # Not there: nothing to purge.
 
 
-def _read(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return file.read()
-
-
-def _read_or_none(path: str) -> bytes | None:
+def _read(path: str, size: int = -1) -> bytes | None:
+    """Return the bytes of a regular file, or its first ones; None for anything else, without ever waiting."""
     try:
-        return _read(path)
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            return file.read(size) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else None
     except OSError:
         return None
 
 
-def main(request_file: str) -> None:
-    """Run the helper on a request and print its report."""
-    request = json.loads(_read(request_file))
-    limits = {"RLIMIT_CPU": request["cpu_seconds"]}
+def _limit(cpu_seconds: int, memory_bytes: int) -> None:
+    """Bound what this process may use; the kernel ends it where it does not end itself."""
+    limits = {"RLIMIT_CPU": cpu_seconds, "RLIMIT_CORE": 0}
     if sys.platform == "linux":  # macOS refuses a limit of the address space
-        limits["RLIMIT_AS"] = request["memory_bytes"]
+        limits["RLIMIT_AS"] = memory_bytes
     for name, limit in limits.items():
         number = getattr(resource, name)
         hard = resource.getrlimit(number)[1]
         resource.setrlimit(number, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+
+
+def main(request_file: str) -> None:
+    """Run the helper on a request and print its report."""
+    with open(request_file, "rb") as file:
+        request = json.load(file)
+    _limit(request["cpu_seconds"], request["memory_bytes"])
     helper = Helper(request["sources"], request["removed"], request["directories"], request["roots"])
     json.dump(helper.run(), sys.stdout)
 

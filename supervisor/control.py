@@ -5,19 +5,21 @@ One line of JSON per request, one per answer, each with the version of the proto
 not.
 
 The rules: only the owner of the supervisor and root get an answer (SO_PEERCRED; the socket has mode 0600,
-too); a line over the limit, a line that is no request, or a client that does not read its answer costs that
-client its connection and nobody else anything; one supervisor per runtime directory, held by a lock on a file
-that the kernel releases with the process, so a socket left by a dead one is simply replaced.
+too); **nothing a client does or leaves undone costs anybody but itself**: reading and answering never block,
+a line over the limit or one that is no request ends its connection, and when there are too many, whoever has
+kept us waiting longest makes room; one supervisor per runtime directory, held by a lock on a file that the
+kernel releases with the process, so a socket left by a dead one is simply replaced.
 """
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
+import select
 import selectors
 import socket
+import stat
 import struct
 import sys
 from collections.abc import Callable
@@ -32,47 +34,77 @@ _SOCKET = "control.sock"
 _LOCK = "lock"
 _REQUEST_BYTES = 64 * 1024
 _MAX_CLIENTS = 64
-_ANSWER_SECONDS = 0.5
 _PEER = struct.Struct("3i")
 
 Answer = dict[str, Any]
 
 
 class Client:
-    """One connection of a command, as the supervisor sees it."""
+    """One connection of a command, as the supervisor sees it.
 
-    def __init__(self, connection: socket.socket, uid: int | None) -> None:
+    Args:
+        connection: non-blocking; owned by this object.
+        selector: the main loop's.
+        uid: of the process at the other end, None where the platform does not tell.
+    """
+
+    def __init__(
+        self, connection: socket.socket, selector: selectors.BaseSelector, uid: int | None = None
+    ) -> None:
         self.connection = connection
         self.uid = uid
         self.received = bytearray()
+        self.waits_for_us = False
+        """It has sent its request, and the answer is not yet known."""
+        self._selector = selector
+        self._unsent = memoryview(b"")
 
     @property
     def open(self) -> bool:
         """Whether an answer can still reach the command."""
         return self.connection.fileno() >= 0
 
+    def listen(self, event: int, call: Callable[[], None]) -> None:
+        """Have the loop call ``call`` when the connection is ready for ``event``, and for nothing else."""
+        self.ignore()
+        self._selector.register(self.connection, event, call)
+
+    def ignore(self) -> None:
+        """Have the loop call nothing."""
+        if self.open and self.connection in self._selector.get_map():
+            self._selector.unregister(self.connection)
+
     def answer(self, body: Answer) -> None:
-        """Send the answer and the end of the connection; a client that does not read it does without."""
+        """Send the answer, then the end of the connection; what does not fit now goes when there is room."""
         if self.open:
-            with contextlib.suppress(OSError):
-                self.connection.settimeout(
-                    _ANSWER_SECONDS
-                )  # The socket's buffer takes nearly every answer at once.
-                self.connection.sendall(json.dumps({"v": VERSION, **body}).encode() + b"\n")
-        self.close()
+            self.waits_for_us = False
+            self._unsent = memoryview(json.dumps({"v": VERSION, **body}).encode() + b"\n")
+            self.listen(selectors.EVENT_WRITE, self._send)
+            self._send()
 
     def close(self) -> None:
         """End the connection."""
+        self.ignore()
         self.connection.close()
+
+    def _send(self) -> None:
+        try:
+            while self._unsent:
+                self._unsent = self._unsent[self.connection.send(self._unsent) :]
+        except BlockingIOError:
+            return
+        except OSError:
+            self._unsent = memoryview(b"")  # It is gone.
+        self.close()
 
 
 class ControlServer:
     """Owns a runtime directory and hears the commands that come to it.
 
     Args:
-        directory: runtime directory; created with mode 0700. selector: the main loop's; the server registers
-        its own descriptors, with ``(handler,)`` as their data. handle: called with the client and each
-        request; answers now or later.
+        directory: runtime directory; created with mode 0700.
+        selector: the main loop's; descriptors are registered with a function to call as their data.
+        handle: called with the client and each request; answers now or later.
 
     Raises:
         AlreadyRunningError: another supervisor owns the directory.
@@ -85,26 +117,33 @@ class ControlServer:
         selector: selectors.BaseSelector,
         handle: Callable[[Client, dict[str, Any]], None],
     ) -> None:
-        check_socket_path(directory / _SOCKET)
-        self._lock = _lock(directory)
         self._path = directory / _SOCKET
-        self._path.unlink(missing_ok=True)
+        check_socket_path(self._path)
+        self._lock = _lock(directory)
         self._selector = selector
         self._handle = handle
-        self._clients: set[Client] = set()
+        self._clients: list[Client] = []
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.setblocking(False)
-        self._socket.bind(str(self._path))
-        self._path.chmod(0o600)
-        self._socket.listen(_MAX_CLIENTS)
+        try:
+            self._socket.setblocking(False)
+            self._path.unlink(missing_ok=True)
+            self._socket.bind(str(self._path))
+            self._path.chmod(0o600)
+            self._socket.listen(_MAX_CLIENTS)
+        except OSError as error:
+            self._socket.close()
+            os.close(self._lock)
+            raise UsageError(
+                f"cannot make the socket {self._path}: {error.strerror}; name another --runtime-dir"
+            ) from error
         selector.register(self._socket, selectors.EVENT_READ, self._accept)
 
     def close(self) -> None:
         """Stop listening and release the directory."""
         self._selector.unregister(self._socket)
         self._socket.close()
-        for client in tuple(self._clients):
-            self._drop(client)
+        for client in self._clients:
+            client.close()
         self._path.unlink(missing_ok=True)
         os.close(self._lock)
 
@@ -113,14 +152,25 @@ class ControlServer:
             connection, _ = self._socket.accept()
         except OSError:
             return
+        connection.setblocking(False)
         uid = _peer_uid(connection)
-        if len(self._clients) >= _MAX_CLIENTS or (uid is not None and uid not in {0, os.getuid()}):
+        if (uid is not None and uid not in {0, os.getuid()}) or not self._has_room():
             connection.close()
             return
-        connection.setblocking(False)
-        client = Client(connection, uid)
-        self._clients.add(client)
-        self._selector.register(connection, selectors.EVENT_READ, lambda: self._read(client))
+        client = Client(connection, self._selector, uid)
+        self._clients.append(client)
+        client.listen(selectors.EVENT_READ, lambda: self._read(client))
+
+    def _has_room(self) -> bool:
+        """Make room for one more; whoever waits for us keeps its place."""
+        self._clients = [client for client in self._clients if client.open]
+        if len(self._clients) >= _MAX_CLIENTS:
+            oldest = next((client for client in self._clients if not client.waits_for_us), None)
+            if oldest is None:
+                return False
+            oldest.close()
+            self._clients.remove(oldest)
+        return True
 
     def _read(self, client: Client) -> None:
         try:
@@ -131,30 +181,32 @@ class ControlServer:
             data = b""
         client.received += data
         line, newline, _ = client.received.partition(b"\n")
-        if newline:
-            self._forget(client)
+        if len(line) > _REQUEST_BYTES or not (data or newline):
+            client.close()
+        elif newline:
+            client.waits_for_us = True
+            client.listen(selectors.EVENT_READ, lambda: self._heard_more(client))
             self._dispatch(client, bytes(line))
-        elif not data or len(client.received) > _REQUEST_BYTES:
-            self._drop(client)
+
+    def _heard_more(self, client: Client) -> None:
+        """Take note that a waiting client has gone; one that has only said its last word may still listen."""
+        poll = select.poll()
+        poll.register(client.connection, 0)
+        if poll.poll(0):  # With nothing asked for, it reports POLLHUP and POLLERR alone.
+            client.close()
+        else:
+            client.ignore()
 
     def _dispatch(self, client: Client, line: bytes) -> None:
         try:
             request = json.loads(line)
-            if not isinstance(request, dict) or request.get("v") != VERSION:
-                raise ValueError(f"this supervisor speaks version {VERSION}")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # The second: brackets without end.
             client.answer({"ok": False, "error": f"not a request: {error}"})
             return
-        self._handle(client, request)
-
-    def _forget(self, client: Client) -> None:
-        """Stop listening to a client that has said all it may say; its connection stays for the answer."""
-        self._clients.discard(client)
-        self._selector.unregister(client.connection)
-
-    def _drop(self, client: Client) -> None:
-        self._forget(client)
-        client.close()
+        if isinstance(request, dict) and request.get("v") == VERSION:
+            self._handle(client, request)
+        else:
+            client.answer({"ok": False, "error": f"not a request: this supervisor speaks version {VERSION}"})
 
 
 def request(
@@ -169,7 +221,7 @@ def request(
         arguments: of the command.
 
     Raises:
-        NoSupervisorError: nobody answers.
+        NoSupervisorError: nobody answers, or not in this language.
     """
     path = directory / _SOCKET
     line = json.dumps({"v": VERSION, "command": command, **arguments}).encode() + b"\n"
@@ -189,9 +241,18 @@ def request(
             raise NoSupervisorError(
                 f"no supervisor answers at {path} ({why}); start one, or name its --runtime-dir"
             ) from error
-    if not answer:
+    if not answer.endswith(b"\n"):
         raise NoSupervisorError(f"the supervisor at {path} ended before it had answered")
-    body: Answer = json.loads(answer)
+    return _answer(answer, path)
+
+
+def _answer(line: bytes, path: Path) -> Answer:
+    try:
+        body = json.loads(line)
+    except ValueError:
+        body = None
+    if not isinstance(body, dict) or body.get("v") != VERSION or "ok" not in body:
+        raise NoSupervisorError(f"what answers at {path} does not speak version {VERSION} of the protocol")
     return body
 
 
@@ -199,10 +260,12 @@ def _lock(directory: Path) -> int:
     """Take the directory for this process and return the descriptor that holds it."""
     try:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        descriptor = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        _refuse_foreign(directory)
+        descriptor = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         raise UsageError(
-            f"cannot use the runtime directory {directory}: {error.strerror}; name another one with --runtime-dir"
+            f"cannot use the runtime directory {directory}: {error.strerror}; "
+            "name another one with --runtime-dir"
         ) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -215,6 +278,20 @@ def _lock(directory: Path) -> int:
     os.ftruncate(descriptor, 0)
     os.write(descriptor, str(os.getpid()).encode())
     return descriptor
+
+
+def _refuse_foreign(directory: Path) -> None:
+    """Refuse a directory in which somebody else could put a socket in place of ours.
+
+    Raises:
+        UsageError: it belongs to another user, or everybody may write to it.
+    """
+    facts = directory.stat()
+    if facts.st_uid not in {0, os.getuid()} or facts.st_mode & stat.S_IWOTH:
+        raise UsageError(
+            f"the runtime directory {directory} belongs to another user or is writable for all; "
+            "name another one with --runtime-dir"
+        )
 
 
 def _peer_uid(connection: socket.socket) -> int | None:

@@ -20,17 +20,23 @@ class SupervisorError(Exception):
 
 
 class UsageError(SupervisorError):
-    """The command line, the configuration file or TARGET is wrong; nothing was started. Correct it and start again."""
+    """The command line, the configuration file or TARGET is wrong; nothing was started.
+
+    Correct it and start again.
+    """
 
     exit_code = 2
 
 
 class AlreadyRunningError(SupervisorError):
-    """Another supervisor owns this runtime directory and goes on running; use it, or name another ``--runtime-dir``."""
+    """Another supervisor owns this directory and goes on running; use it, or name another directory."""
 
 
 class AddressError(SupervisorError):
-    """The address to listen on is not to be had; nothing was started. Free it or choose another ``--listen``."""
+    """The address to listen on is not to be had; nothing was started.
+
+    Free it or choose another ``--listen``.
+    """
 
 
 class NoSupervisorError(SupervisorError):
@@ -40,17 +46,23 @@ class NoSupervisorError(SupervisorError):
 
 
 class SourceError(SupervisorError):
-    """A source of the tree cannot be read; the reload is rejected and the live child keeps serving.
+    """A source of the tree cannot be taken in; the reload is rejected and the live child keeps serving.
 
     Args:
         path: the file, absolute.
         why: the operating system's reason.
+        remedy: what the operator does about it.
     """
 
-    def __init__(self, path: str, why: str) -> None:
-        super().__init__(f"cannot read {path}: {why}; make it readable for the user of the supervisor")
+    def __init__(
+        self, path: str, why: str, remedy: str = "make it readable for the user of the supervisor"
+    ) -> None:
+        super().__init__(f"cannot read {path}: {why}; {remedy}")
         self.path = path
 
 
 class BlobError(SupervisorError):
-    """Pinned bytes are missing or damaged in the state directory; the generation that needs them is not started."""
+    """Pinned bytes are missing or damaged in the state directory.
+
+    The generation that needs them is not started; what runs goes on.
+    """

@@ -11,14 +11,19 @@ the clock's grain when it was read could change again within the same tick, so i
 next scan reads it again (git calls such entries *racily clean*: https://git-scm.com/docs/racy-git).
 
 Paths are relative to the common parent of the roots, so that one value describes one root or several. Virtual
-environments, ``.git``, ``node_modules`` and ``__pycache__`` belong to nobody's tree.
+environments, ``.git``, ``node_modules`` and ``__pycache__`` belong to nobody's tree. A directory that links
+lead to belongs to the tree under each of its names, because the program may import it under any of them.
+
+No look at the tree can block: what is not a regular file (a pipe, a device) is never opened for its content.
 
 Rejected: comparing mtimes for "newer" (misses restored backups and roll-backs), watchdog's directory
-snapshots (they compare mtimes), hashing everything on each scan (31 MB cost a third of a second).
+snapshots (they compare mtimes), hashing everything on each scan (31 MB cost a third of a second), taking each
+real directory once (which of its names wins would depend on the order of a directory listing).
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
@@ -35,10 +40,24 @@ EXCLUDED_DIRECTORIES = frozenset({"__pycache__", ".git", "node_modules"})
 VENV_MARKER = "pyvenv.cfg"
 """A directory that holds this file is a virtual environment (PEP 405) and belongs to no tree."""
 
+_VENV_LIBRARY = "site-packages"
+"""What is left out of a root that is itself a virtual environment (``python -m venv .`` in the project)."""
+
 _STAT_GRAIN_NS = 20_000_000
 """Youngest age of a ctime that is trusted: two kernel ticks at 100 Hz, the coarsest that Linux runs at."""
 
+_SECOND_NS = 1_000_000_000
+_COARSE_GRAIN_NS = 2 * _SECOND_NS
+"""The same for a ctime of whole seconds: its file system may keep no more than that (FAT: two seconds)."""
+
 _READ_ATTEMPTS = 5
+
+_MAX_LINKS_IN_PATH = 3
+"""Links to directories that one path may go through; without a bound, twelve directories that link to each
+other have more names than can be listed."""
+
+_LEADS_NOWHERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
+"""Deleted since it was listed, or a link that leads nowhere or in a circle: nothing that can be imported."""
 
 StatTuple = tuple[int, int, int, int, int]
 
@@ -61,27 +80,42 @@ class Tree:
     def files(self) -> Iterator[tuple[str, str]]:
         """Yield (relative path, absolute path) of every source, in no particular order.
 
-        Links to directories are followed, each real directory once. A root that does not exist yields
-        nothing: it may come back, and until then the manifest is short, which is a change.
+        Links to directories are followed, except into one that encloses the link. A root that does not
+        exist yields nothing: it may come back, and until then the manifest is short, which is a change.
+
+        Raises:
+            SourceError: a root cannot be listed.
         """
         base = self.base
-        seen: set[str] = set()
-        for root in self.roots:
-            yield from self._walk(root, base, seen)
-
-    def directories(self) -> Iterator[str]:
-        """Yield the absolute path of every directory that belongs to the tree."""
-        seen: set[str] = set()
-        for root in self.roots:
-            for directory, _ in _descend(root, seen):
-                yield directory
-
-    def _walk(self, root: str, base: str, seen: set[str]) -> Iterator[tuple[str, str]]:
-        for directory, names in _descend(root, seen):
+        for directory, names in self._descend():
             inside = os.path.relpath(directory, base).replace(os.sep, "/")
             prefix = "" if inside == "." else f"{inside}/"
             for name in names:
-                yield prefix + name, f"{directory}{os.sep}{name}"
+                yield prefix + name, os.path.join(directory, name)
+
+    def directories(self) -> Iterator[str]:
+        """Yield the absolute path of every directory that belongs to the tree.
+
+        Raises:
+            SourceError: a root cannot be listed.
+        """
+        for directory, _ in self._descend():
+            yield directory
+
+    def _descend(self) -> Iterator[tuple[str, list[str]]]:
+        """Yield (directory, names of its ``*.py`` files), each name of a directory once."""
+        seen: set[str] = set()
+        for root in self.roots:
+            pending = [_Place(root)]
+            while pending:
+                place = pending.pop()
+                if place.path in seen:
+                    continue
+                seen.add(place.path)
+                listing = _list(place, is_root=place.path == root)
+                if listing is not None:
+                    yield place.path, listing.sources
+                    pending.extend(listing.below)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +147,7 @@ class Manifest:
         return os.path.join(self.base, *relative.split("/"))
 
     def changes(self, newer: Manifest) -> tuple[str, ...]:
-        """Return the relative paths that were added, removed or altered between this one and ``newer``, sorted."""
+        """Return the relative paths added, removed or altered between this one and ``newer``, sorted."""
         paths = self.sources.keys() | newer.sources.keys()
         return tuple(sorted(p for p in paths if self.sources.get(p) != newer.sources.get(p)))
 
@@ -149,19 +183,17 @@ def scan(
         clock_ns: wall clock in nanoseconds, comparable with the file system's times.
 
     Raises:
-        SourceError: a file of the tree cannot be read; nothing is known about the tree then.
+        SourceError: a file of the tree cannot be read or kept; nothing is known about the tree then.
     """
     known = previous.stats if previous else {}
     digests = previous.manifest.sources if previous else {}
     sources: dict[str, str] = {}
     stats: dict[str, StatTuple] = {}
     for relative, path in tree.files():
-        try:
-            now = _stat_tuple(os.stat(path))
-        except FileNotFoundError:
-            continue  # Deleted since the directory was listed, or a link that leads nowhere.
-        except OSError as error:
-            raise SourceError(path, error.strerror or str(error)) from error
+        facts = _look(path)
+        if facts is None:
+            continue
+        now = _stat_tuple(facts)
         if known.get(relative) == now and relative not in doubtful:
             sources[relative], stats[relative] = digests[relative], now
             continue
@@ -169,69 +201,12 @@ def scan(
         if read is None:
             continue
         content, taken = read
-        sources[relative] = keep(content)
-        if clock_ns() - taken[2] > _STAT_GRAIN_NS:
+        sources[relative] = _keep(keep, content, path)
+        if _is_trusted(taken, clock_ns()):
             stats[relative] = taken
     unchanged = previous is not None and sources == previous.manifest.sources
     manifest = previous.manifest if unchanged and previous else Manifest.of(tree, sources)
     return Snapshot(manifest, stats)
-
-
-def _read(path: str) -> tuple[bytes, StatTuple] | None:
-    """Return bytes and stat tuple of a file that held still while it was read, or None if it is gone."""
-    for _ in range(_READ_ATTEMPTS):
-        try:
-            with open(path, "rb") as file:
-                before = os.fstat(file.fileno())
-                if not stat.S_ISREG(before.st_mode):
-                    raise SourceError(path, "it is not a regular file")
-                content = file.read()
-                after = os.fstat(file.fileno())
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise SourceError(path, error.strerror or str(error)) from error
-        if _stat_tuple(before) == _stat_tuple(after):
-            break
-    # Still moving after the last attempt: whatever was read is a candidate that the next scan will replace, because
-    # the tuple taken after the read is too young to be trusted.
-    return content, _stat_tuple(after)
-
-
-def _stat_tuple(facts: os.stat_result) -> StatTuple:
-    return facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino, facts.st_dev
-
-
-def _descend(root: str, seen: set[str]) -> Iterator[tuple[str, list[str]]]:
-    """Yield (directory, names of its ``*.py`` files) below ``root``, each real directory once."""
-    real = os.path.realpath(root)
-    if real in seen:
-        return
-    seen.add(real)
-    names: list[str] = []
-    below: list[str] = []
-    try:
-        with os.scandir(root) as entries:
-            for entry in entries:
-                if entry.name == VENV_MARKER:
-                    return
-                if entry.is_dir():
-                    if entry.name not in EXCLUDED_DIRECTORIES:
-                        below.append(entry.path)
-                elif entry.name.endswith(".py") and not _is_editor_temporary(entry.name):
-                    names.append(entry.name)
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    except OSError as error:
-        raise SourceError(root, error.strerror or str(error)) from error
-    yield root, names
-    for directory in below:
-        yield from _descend(directory, seen)
-
-
-def _is_editor_temporary(name: str) -> bool:
-    """Whether an editor made this file for itself: Emacs' locks and auto-saves. (vim's end in ``.swp`` or ``~``.)"""
-    return name.startswith((".#", "#"))
 
 
 def source_roots(paths: Collection[Path]) -> tuple[str, ...]:
@@ -242,3 +217,142 @@ def source_roots(paths: Collection[Path]) -> tuple[str, ...]:
         for path in absolute
         if not any(path != other and os.path.commonpath((path, other)) == other for other in absolute)
     )
+
+
+# --- one file ---------------------------------------------------------------------------------------------
+
+
+def _look(path: str) -> os.stat_result | None:
+    """Return the facts of a regular file, or None if there is nothing; open nothing."""
+    try:
+        facts = os.stat(path)
+    except OSError as error:
+        if error.errno in _LEADS_NOWHERE:
+            return None
+        raise SourceError(path, error.strerror or str(error)) from error
+    if not stat.S_ISREG(facts.st_mode):
+        raise SourceError(path, "it is not a regular file", "move it out of the watched tree")
+    return facts
+
+
+def _read(path: str) -> tuple[bytes, StatTuple] | None:
+    """Return bytes and stat tuple of a file that held still while it was read, or None if it is gone."""
+    for _ in range(_READ_ATTEMPTS):
+        try:
+            # What was a file a moment ago may be a pipe by now, and opening one would block.
+            with open(path, "rb", opener=_open_without_waiting) as file:
+                before = os.fstat(file.fileno())
+                if not stat.S_ISREG(before.st_mode):
+                    raise SourceError(path, "it is not a regular file", "move it out of the watched tree")
+                content = file.read()
+                after = os.fstat(file.fileno())
+        except OSError as error:
+            if error.errno in _LEADS_NOWHERE:
+                return None
+            raise SourceError(path, error.strerror or str(error)) from error
+        if _stat_tuple(before) == _stat_tuple(after):
+            break
+    # Still moving after the last attempt: whatever was read is a candidate that the next scan will replace,
+    # because the tuple taken after the read is too young to be trusted.
+    return content, _stat_tuple(after)
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _keep(keep: Callable[[bytes], str], content: bytes, path: str) -> str:
+    try:
+        return keep(content)
+    except OSError as error:
+        why = f"its bytes cannot be kept in {error.filename}: {error.strerror or error}"
+        raise SourceError(path, why, "free some space there or make it writable") from error
+
+
+def _stat_tuple(facts: os.stat_result) -> StatTuple:
+    return facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino, facts.st_dev
+
+
+def _is_trusted(taken: StatTuple, now_ns: int) -> bool:
+    """Whether any later change of the file must show in its stat tuple."""
+    _, _, ctime_ns, _, _ = taken
+    grain_ns = _STAT_GRAIN_NS if ctime_ns % _SECOND_NS else _COARSE_GRAIN_NS
+    return now_ns - ctime_ns > grain_ns
+
+
+# --- one directory ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A directory on the way down from a root.
+
+    Attributes:
+        path: its name on this way.
+        excluded: names of directories that do not belong to the tree here.
+        links_from: the real directories that held the links on this way.
+    """
+
+    path: str
+    excluded: frozenset[str] = EXCLUDED_DIRECTORIES
+    links_from: tuple[str, ...] = ()
+
+    def below(self, path: str) -> _Place:
+        return _Place(path, self.excluded, self.links_from)
+
+    def behind(self, link: str) -> _Place | None:
+        """Return where a link leads to, None if that encloses this place or is too many links away."""
+        if len(self.links_from) >= _MAX_LINKS_IN_PATH:
+            return None
+        way = (*self.links_from, os.path.realpath(self.path))
+        target = os.path.realpath(link)
+        if any(os.path.commonpath((target, place)) == target for place in way):
+            return None
+        return _Place(link, self.excluded, way)
+
+
+@dataclass(frozen=True, slots=True)
+class _Listing:
+    sources: list[str]
+    below: list[_Place]
+
+
+def _list(place: _Place, *, is_root: bool) -> _Listing | None:
+    """Return what of a directory belongs to the tree, None if it does not belong there itself."""
+    try:
+        with os.scandir(place.path) as entries:
+            names = {entry.name: entry for entry in entries}
+    except OSError as error:
+        # The importer finds nothing in a directory that it may not list, and neither do we: a service does
+        # not need its neighbour's private data folder. A root that may not be listed is a mistake.
+        if error.errno in _LEADS_NOWHERE or (isinstance(error, PermissionError) and not is_root):
+            return None
+        raise SourceError(place.path, error.strerror or str(error)) from error
+    if VENV_MARKER in names:
+        if not is_root:
+            return None
+        place = _Place(place.path, place.excluded | {_VENV_LIBRARY}, place.links_from)
+    listing = _Listing([], [])
+    for name, entry in names.items():
+        if _is_directory(entry):
+            if name not in place.excluded:
+                below = place.behind(entry.path) if entry.is_symlink() else place.below(entry.path)
+                listing.below.extend([below] if below else [])
+        elif name.endswith(".py") and not _is_editor_temporary(name):
+            listing.sources.append(name)
+    return listing
+
+
+def _is_directory(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False  # A link in a circle, or into a place that may not be looked at: nothing to descend to.
+
+
+def _is_editor_temporary(name: str) -> bool:
+    """Whether an editor made this file for itself: Emacs' locks and auto-saves.
+
+    (vim's end in ``.swp`` or ``~``.)
+    """
+    return name.startswith((".#", "#"))

@@ -1,18 +1,23 @@
 """sd_notify, both ways: upwards to systemd, and the socket that children report to.
 
-Upwards the package ``sdnotify`` knows where the socket is; sending is ours, because its own ``notify`` blocks
-for ever when the receiver stalls, drops text outside latin-1 and loses every message after the socket was
-made anew. The rule: a message is sent whole or counted as an error; it never blocks, never raises, and a
-newline inside a value never forges a variable.
+Upwards the rule is: a message is sent whole or counted as an error; it never blocks, never raises, and a
+line break inside a value never forges a variable. A state (``READY``, ``RELOADING``, ``STOPPING``) that could
+not be sent is still owed and goes before the next message, in order: a service manager that missed a
+``READY`` would wait for it until it gives up. A ping or a status line is not owed, the next one says more.
 
 Downwards the rule is systemd's ``NotifyAccess=main``: a datagram counts only if the kernel says
-(SCM_CREDENTIALS) that the process it is about sent it.
+(SCM_CREDENTIALS) that the process it is about sent it. One that was cut off says nothing, and a child that
+sends without end gets no more of the main loop than :data:`_MAX_AT_ONCE` datagrams a turn.
+
+Rejected: the package ``sdnotify`` on this side (its ``notify`` blocks for ever when the receiver stalls,
+loses every message after the socket was made anew, drops text outside latin-1, and says nothing of it).
 
 Source: sd_notify(3), unix(7).
 """
 
 from __future__ import annotations
 
+import collections
 import os
 import socket
 import struct
@@ -22,72 +27,123 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import sdnotify
-
 from supervisor.errors import UsageError
 
 _CREDENTIALS = struct.Struct("3i")
 _MAX_DATAGRAM_BYTES = 4096
+_MAX_STATUS_BYTES = 2048
+_MAX_OWED = 8
+_MAX_AT_ONCE = 256
 _SOCKET_PATH_BYTES = 107
+_USEC = 1_000_000
 
 
 class Notifier:
     """Tells the service manager how this supervisor is, if there is one.
 
     Args:
-        environment: where ``NOTIFY_SOCKET`` and ``WATCHDOG_USEC`` may stand.
+        environment: where ``NOTIFY_SOCKET``, ``WATCHDOG_USEC`` and ``WATCHDOG_PID`` may stand.
+
+    Attributes:
+        errors_total: messages that were not taken when they were sent.
+        watchdog_seconds: longest silence that the service manager allows; 0 for any.
     """
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         self.errors_total = 0
-        self._wanted = bool(environment.get("NOTIFY_SOCKET"))
-        usec = environment.get("WATCHDOG_USEC", "")
-        self.watchdog_seconds = int(usec) / 1_000_000 if usec.isdecimal() and self._wanted else 0.0
+        name = environment.get("NOTIFY_SOCKET", "")
+        self._address = f"\0{name[1:]}" if name.startswith("@") else name  # The abstract namespace, unix(7).
+        self.watchdog_seconds = _watchdog_seconds(environment) if name else 0.0
         self._socket: socket.socket | None = None
+        self._owed: collections.deque[str] = collections.deque(maxlen=_MAX_OWED)
         self._last_status = ""
 
     def ready(self) -> None:
         """The service works (after its start, and after each reload)."""
-        self._send("READY=1")
+        self._owe("READY=1")
 
     def reloading(self) -> None:
         """A reload has begun; :meth:`ready` must follow."""
-        self._send(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        self._owe(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
     def stopping(self) -> None:
         """The service is about to end; nothing may follow."""
-        self._send("STOPPING=1")
+        self._owe("STOPPING=1")
 
     def alive(self) -> None:
         """The main loop turns and all is well (the service manager's watchdog)."""
-        self._send("WATCHDOG=1")
+        if self._settle():
+            self._send("WATCHDOG=1")
 
     def status(self, text: str) -> None:
         """Show one line about the service in ``systemctl status``."""
-        line = " ".join(text.split())
-        if line != self._last_status:
+        line = _one_line(text)
+        if line != self._last_status and self._settle() and self._send(f"STATUS={line}"):
             self._last_status = line
-            self._send(f"STATUS={line}")
 
-    def _send(self, message: str) -> None:
-        if not self._wanted:
-            return
+    def close(self) -> None:
+        """Let go of the socket; a later message opens it again."""
+        if self._socket is not None:
+            self._socket.close()
+        self._socket = None
+
+    def _owe(self, message: str) -> None:
+        self._owed.append(message)
+        self._settle()
+
+    def _settle(self) -> bool:
+        """Send what is owed; return whether nothing is left."""
+        while self._owed and self._send(self._owed[0]):
+            self._owed.popleft()
+        return not self._owed
+
+    def _send(self, message: str) -> bool:
+        """Return whether a message was taken, or nobody wants it."""
+        if not self._address:
+            return True
         data = message.encode("utf-8", "replace")
         for _ in range(2):  # The second time with a new connection: the receiver may have been made anew.
             try:
                 if self._socket is None:
-                    self._socket = sdnotify.SystemdNotifier().socket
-                    if self._socket is None:
-                        raise ConnectionError("the notify socket does not answer")
-                    self._socket.setblocking(False)
+                    self._socket = self._connected()
                 self._socket.send(data)
+            except BlockingIOError:
+                break  # It is there and does not read; a new connection leads to the same queue.
             except OSError:
-                if self._socket is not None:
-                    self._socket.close()
-                self._socket = None
+                self.close()
             else:
-                return
+                return True
         self.errors_total += 1
+        return False
+
+    def _connected(self) -> socket.socket:
+        """Return a connected socket that does not block.
+
+        Raises:
+            OSError: nobody listens.
+        """
+        made = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        try:
+            made.setblocking(False)
+            made.connect(self._address)
+        except OSError:
+            made.close()
+            raise
+        return made
+
+
+def _watchdog_seconds(environment: Mapping[str, str]) -> float:
+    """Return what sd_watchdog_enabled(3) would: 0 unless the watchdog is meant for this process."""
+    usec = environment.get("WATCHDOG_USEC", "")
+    if environment.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+        return 0.0
+    return int(usec) / _USEC if usec.isascii() and usec.isdecimal() else 0.0
+
+
+def _one_line(text: str) -> str:
+    """Return a text without line breaks and control characters, short enough for a datagram."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return line.encode("utf-8", "replace")[:_MAX_STATUS_BYTES].decode("utf-8", "ignore")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,35 +166,43 @@ class NotifySocket:
         path: is replaced if it exists.
 
     Raises:
-        UsageError: the path is too long for a socket.
+        UsageError: there can be no socket of this name.
     """
 
     def __init__(self, path: Path) -> None:
         check_socket_path(path)
         self.path = path
-        path.unlink(missing_ok=True)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        if sys.platform == "linux":
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        self._socket.setblocking(False)
-        self._socket.bind(str(path))
-        path.chmod(0o600)
+        try:
+            if sys.platform == "linux":
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+            self._socket.setblocking(False)
+            path.unlink(missing_ok=True)
+            self._socket.bind(str(path))
+            path.chmod(0o600)
+        except OSError as error:
+            self._socket.close()
+            raise UsageError(
+                f"cannot make the socket {path}: {error.strerror}; name another --runtime-dir"
+            ) from error
 
     def fileno(self) -> int:
         """Return the descriptor to wait on."""
         return self._socket.fileno()
 
     def receive(self) -> list[Datagram]:
-        """Return the messages that have arrived."""
+        """Return messages that have arrived; there may be more, and the descriptor is readable then."""
         messages: list[Datagram] = []
-        while True:
+        for _ in range(_MAX_AT_ONCE):
             try:
-                data, ancillary, _, _ = self._socket.recvmsg(
+                data, ancillary, flags, _ = self._socket.recvmsg(
                     _MAX_DATAGRAM_BYTES, socket.CMSG_SPACE(_CREDENTIALS.size)
                 )
             except BlockingIOError:
-                return messages
-            messages.append(Datagram(_sender(ancillary), _assignments(data)))
+                break
+            if not flags & socket.MSG_TRUNC:
+                messages.append(Datagram(_sender(ancillary), _assignments(data)))
+        return messages
 
     def close(self) -> None:
         """Close the socket and remove its file."""
@@ -166,5 +230,6 @@ def _sender(ancillary: list[tuple[int, int, bytes]]) -> int | None:
 
 
 def _assignments(data: bytes) -> dict[str, str]:
-    lines = data.decode("utf-8", "replace").splitlines()
+    # Only a newline ends an assignment; str.splitlines() knows ten more characters that a value may hold.
+    lines = data.decode("utf-8", "replace").split("\n")
     return {name: value for name, equals, value in (line.partition("=") for line in lines) if equals}

@@ -55,7 +55,10 @@ class Attestation:
 
 @dataclass(frozen=True, slots=True)
 class ModuleVerdict:
-    """One row of ``verify``: a module and its two digests (None where there is no such file, or no such proof)."""
+    """One row of ``verify``: a module and its two digests.
+
+    None stands for a file that is not there, and for a proof that was not given.
+    """
 
     name: str
     path: str
@@ -88,10 +91,11 @@ class Verdict:
     def problem(self) -> str | None:
         """One sentence about the first module that is not as it should be."""
         for module in self.modules:
+            subject = f"module {module.name} ({module.path})"
             if module.state == "mismatch":
-                return f"module {module.name} ({module.path}) runs other bytes than its generation was started from"
+                return f"{subject} runs other bytes than its generation was started from"
             if module.state == "unpinned":
-                return f"module {module.name} ({module.path}) was loaded around the pinned imports"
+                return f"{subject} was loaded around the pinned imports"
         return None
 
 
@@ -105,12 +109,29 @@ def parse(frame: Mapping[str, Any]) -> Attestation:
     Raises:
         AttestationError: it has not the agreed form.
     """
-    try:
-        executed = [Executed(m["name"], m["path"], m["sha256"]) for m in frame["modules"]]
-        unpinned = [Executed(m["name"], m["path"], None) for m in frame["unpinned"]]
-        return Attestation(frame["nonce"], (*executed, *unpinned), bool(frame["importing"]))
-    except (KeyError, TypeError) as error:
-        raise AttestationError(f"the child's attestation lacks {error}") from error
+    executed = [
+        Executed(_text(row, "name"), _text(row, "path"), _text(row, "sha256"))
+        for row in _rows(frame, "modules")
+    ]
+    unpinned = [Executed(_text(row, "name"), _text(row, "path"), None) for row in _rows(frame, "unpinned")]
+    importing = frame.get("importing")
+    if not isinstance(importing, bool):
+        raise AttestationError("the child's attestation does not say whether it is importing")
+    return Attestation(_text(frame, "nonce"), (*executed, *unpinned), importing)
+
+
+def _rows(frame: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    rows = frame.get(key)
+    if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
+        raise AttestationError(f"the child's attestation lacks the list {key!r}")
+    return rows
+
+
+def _text(row: Mapping[str, Any], key: str) -> str:
+    value = row.get(key)
+    if not isinstance(value, str):
+        raise AttestationError(f"the child's attestation lacks the text {key!r}")
+    return value
 
 
 def compare(started_from: Manifest, disk: Manifest, attestation: Attestation) -> Verdict:

@@ -5,8 +5,8 @@ A frame is four bytes of length (big endian) and that many bytes of JSON, one ob
 bounds a packet.
 
 The rule: a length over :data:`LIMIT_BYTES` or a body that is not a JSON object is a :class:`FrameError`; the
-peer that sent it is not listened to again. The supervisor's end never blocks; the child's end blocks in a
-thread of its own.
+peer that sent it is not listened to again, so :func:`encode` refuses to make one. The supervisor's end never
+blocks; the child's end blocks in a thread of its own.
 """
 
 from __future__ import annotations
@@ -30,8 +30,14 @@ class FrameError(Exception):
 
 
 def encode(frame: Frame) -> bytes:
-    """Return the bytes of one frame."""
+    """Return the bytes of one frame.
+
+    Raises:
+        FrameError: it would be over the limit; send less.
+    """
     body = json.dumps(frame, separators=(",", ":")).encode()
+    if len(body) > LIMIT_BYTES:
+        raise FrameError(f"a frame of {len(body)} bytes is over the limit of {LIMIT_BYTES}")
     return _LENGTH.pack(len(body)) + body
 
 
@@ -59,7 +65,7 @@ class Decoder:
             del self._buffer[:end]
             try:
                 frame = json.loads(body)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:  # The second: brackets without end.
                 raise FrameError(f"the body of a frame is not JSON: {error}") from error
             if not isinstance(frame, dict):
                 raise FrameError("the body of a frame is not a JSON object")
@@ -67,8 +73,9 @@ class Decoder:
 
 
 def receive(connection: socket.socket, decoder: Decoder) -> list[Frame]:
-    """Block for at least one frame and return those that are complete; an empty list means that the peer is
-    gone.
+    """Block for at least one frame and return those that are complete.
+
+    An empty list means that the peer is gone.
 
     Raises:
         FrameError: the peer sent something else.
