@@ -18,10 +18,9 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
-from urllib.error import URLError
 from urllib.request import urlopen
 
 import psycopg
@@ -228,10 +227,7 @@ class Stage:
         """
         deadline = time.monotonic() + limit_seconds
         while not (seen := look()):
-            if self._supervisor is not None and self._supervisor.poll() is not None:
-                raise DemoError(
-                    f"the supervisor ended with exit code {self._supervisor.returncode}: {self._last_words()}"
-                )
+            self._raise_if_ended()
             if time.monotonic() > deadline:
                 raise DemoError(f"not observed within {limit_seconds:.0f} s: {what}; {self._last_words()}")
             time.sleep(_LOOK_SECONDS)
@@ -255,10 +251,18 @@ class Stage:
         try:
             with urlopen(f"http://{self._address}{path}", timeout=_ANSWER_SECONDS) as answer:
                 return str(answer.read().decode())
-        except URLError as error:
+        except OSError as error:  # of which URLError is one
+            self._raise_if_ended(patience_seconds=_ANSWER_SECONDS)
             raise DemoError(
-                f"http://{self._address}{path} does not answer: {error.reason}; {self._last_words()}"
+                f"http://{self._address}{path} does not answer: {error}; {self._last_words()}"
             ) from error
+
+    def _raise_if_ended(self, *, patience_seconds: float = 0.0) -> None:
+        """Raise ``DemoError`` if the supervisor has ended, or ends within ``patience_seconds``."""
+        if self._supervisor is not None:
+            with suppress(subprocess.TimeoutExpired):
+                code = self._supervisor.wait(patience_seconds)
+                raise DemoError(f"the supervisor ended with exit code {code}: {self._last_words()}")
 
     def _last_words(self) -> str:
         """Return where the log is and its last line."""
