@@ -44,11 +44,9 @@ def repaired_rows(database: Database) -> int:
 
 def doubtful_rows(database: Database, known: Known) -> list[Doubtful]:
     """List rows whose sender cannot be a phone and cannot be looked up."""
-    found = []
-    for drop_number, project, submitted_by, user_name in database.rows("doubtful_rows"):
-        for value in dict.fromkeys((submitted_by, user_name)):
-            if value is None or parse_jid(value).user in known.phone_of:
-                continue
-            if judge(value, None, lids=known.phone_of, phones=known.lid_of) in {"lid", "unknown"}:
-                found.append(Doubtful(drop_number, project, value))
-    return found
+    return [
+        Doubtful(drop_number, project, value)
+        for drop_number, project, value in database.rows("doubtful_rows")
+        if parse_jid(value).user not in known.phone_of
+        and judge(value, None, lids=known.phone_of, phones=known.lid_of) in {"lid", "unknown"}
+    ]

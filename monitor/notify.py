@@ -13,7 +13,6 @@ import time
 
 from sdnotify import SystemdNotifier
 
-_USEC_PER_SECOND = 1_000_000
 _MIN_PING_GAP_SECONDS = 0.2
 
 
@@ -29,12 +28,6 @@ class Notifier:
         self._status = ""
         self._last_ping_seconds = float("-inf")
         self.errors_total = 0
-
-    @property
-    def watchdog_seconds(self) -> float | None:
-        """How long silence is tolerated (`WATCHDOG_USEC`), or None when nobody watches."""
-        text = os.environ.get("WATCHDOG_USEC", "")
-        return int(text) / _USEC_PER_SECOND if text.isascii() and text.isdigit() and int(text) else None
 
     def ready(self) -> None:
         """Say that work can begin; the first ping goes with it."""

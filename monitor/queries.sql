@@ -6,7 +6,10 @@
 SELECT coalesce(max(version), 0) FROM wa_monitor.migration
 
 -- name: table_exists
-SELECT to_regclass(%(table)s) IS NOT NULL
+-- Asked of the catalogue's tables and not of to_regclass(), whose cached "no" outlives the wait for a lock.
+SELECT EXISTS (SELECT FROM pg_catalog.pg_class AS class
+               JOIN pg_catalog.pg_namespace AS namespace ON namespace.oid = class.relnamespace
+               WHERE namespace.nspname = %(schema)s AND class.relname = %(table)s)
 
 -- name: lock_migrations
 -- Two monitors that start at once must not create the same tables; the lock ends with the transaction.
@@ -235,12 +238,11 @@ VALUES (%(run_id)s, %(review_id)s, %(drop_number)s, %(project)s, %(old_submitted
         %(old_user_name)s, %(new_user_name)s)
 
 -- name: doubtful_rows
--- Rows whose sender may be a LID that the map does not have: an address at a LID server, or very many digits.
-SELECT drop_number::text, coalesce(project, '')::text, submitted_by::text, user_name::text
-FROM public.qa_photo_reviews
-WHERE submitted_by ~ '@(hosted[.])?lid$' OR user_name ~ '@(hosted[.])?lid$'
-   OR submitted_by ~ '^[0-9]{13,20}$' OR user_name ~ '^[0-9]{13,20}$'
-ORDER BY 2, 1
+-- Senders that may be a LID which the map does not have: an address at a LID server, or very many digits.
+SELECT DISTINCT drop_number::text, coalesce(project, '')::text, shown.sender::text
+FROM public.qa_photo_reviews, LATERAL (VALUES (submitted_by), (user_name)) AS shown (sender)
+WHERE shown.sender ~ '@(hosted[.])?lid$' OR shown.sender ~ '^[0-9]{13,20}$'
+ORDER BY 2, 1, 3
 
 -- name: audit_standing
 -- The LIDs that stand in the table now, with the code that stored each (none for a row that no message of ours

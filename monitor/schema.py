@@ -16,7 +16,8 @@ from monitor.database import Database
 from monitor.errors import StoreSchemaError
 
 _MIGRATIONS = Path(__file__).with_name("migrations")
-_REVIEWS = "public.qa_photo_reviews"
+_REVIEWS = ("public", "qa_photo_reviews")
+_OURS = ("wa_monitor", "migration")
 
 _TEXT = frozenset({"text", "character varying"})
 _FLAG = frozenset({"boolean"})
@@ -55,7 +56,7 @@ def prepare(database: Database) -> None:
 
 def require(database: Database) -> None:
     """Check, changing nothing, that a monitor has run on this database."""
-    if not _exists(database, "wa_monitor.migration"):
+    if not _exists(database, *_OURS):
         raise StoreSchemaError(
             f"database {database.place} has no tables of the monitor;"
             " check that DATABASE_URL names the right one, or start the monitor on it first"
@@ -80,7 +81,7 @@ def check_reviews(database: Database) -> None:
 
 
 def _is_current(database: Database) -> bool:
-    if not _exists(database, "wa_monitor.migration") or not _exists(database, _REVIEWS):
+    if not _exists(database, *_OURS) or not _exists(database, *_REVIEWS):
         return False
     return bool(database.rows("migrated_version")[0][0] >= max(_numbered()))
 
@@ -89,18 +90,18 @@ def _migrate(database: Database) -> None:
     """Apply what is missing, all or nothing; a second monitor that starts at once waits and finds it done."""
     with database.transaction():
         database.rows("lock_migrations")
-        known = _exists(database, "wa_monitor.migration")
+        known = _exists(database, *_OURS)
         applied = database.rows("migrated_version")[0][0] if known else 0
         for version, path in sorted(_numbered().items()):
             if version > applied:
                 database.script(path.read_bytes())
                 database.run("record_migration", {"version": version})
-        if not _exists(database, _REVIEWS):
+        if not _exists(database, *_REVIEWS):
             database.script((_MIGRATIONS / "qa_photo_reviews.sql").read_bytes())
 
 
-def _exists(database: Database, table: str) -> bool:
-    return bool(database.rows("table_exists", {"table": table})[0][0])
+def _exists(database: Database, schema: str, table: str) -> bool:
+    return bool(database.rows("table_exists", {"schema": schema, "table": table})[0][0])
 
 
 def _numbered() -> dict[int, Path]:

@@ -1,0 +1,133 @@
+"""The command line: what it prints, how it ends, and the embedded database behind it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from monitor.demo.bridge import NORTHFIELD, SyntheticBridge
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Rows = Callable[..., list[tuple[Any, ...]]]
+
+PHONE = "27711234567"
+LID = "100000000000017"
+
+
+def _run(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "monitor", *arguments],
+        env=environment,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+
+
+@pytest.fixture
+def standing_lid(bridge: SyntheticBridge, relay_once: Any, rows: Rows) -> None:
+    """A table with one LID that the map can resolve."""
+    bridge.map_lid(LID, PHONE)
+    bridge.post(chat_jid=NORTHFIELD, sender=PHONE, content="DR1000001")
+    relay_once()
+    rows("UPDATE qa_photo_reviews SET submitted_by = %s", LID)
+
+
+def test_run_once_relays_the_backlog(
+    bridge: SyntheticBridge, environment: dict[str, str], rows: Rows
+) -> None:
+    bridge.post(chat_jid=NORTHFIELD, sender=f"{PHONE}@s.whatsapp.net", content="DR1000001")
+    ended = _run(environment, "run", "--once")
+    assert ended.returncode == 0, ended.stderr
+    assert rows("SELECT drop_number, submitted_by FROM qa_photo_reviews") == [("DR1000001", PHONE)]
+
+
+@pytest.mark.usefixtures("standing_lid")
+def test_audit_repair_audit(environment: dict[str, str]) -> None:
+    failed = _run(environment, "audit")
+    assert failed.returncode == 1
+    assert "Northfield" in failed.stdout
+    planned = _run(environment, "repair-lids", "--dry-run")
+    assert planned.returncode == 0
+    assert "would be repaired" in planned.stdout
+    assert _run(environment, "audit").returncode == 1
+    repaired = _run(environment, "repair-lids")
+    assert repaired.returncode == 0
+    assert re.search(r"Northfield\s+\S*\s*1", repaired.stdout)
+    passed = _run(environment, "audit", "--json")
+    assert passed.returncode == 0
+    assert json.loads(passed.stdout)["failed"] is False
+
+
+def test_audit_masks_numbers(environment: dict[str, str], relay_once: Any, rows: Rows) -> None:
+    relay_once()
+    rows(
+        "INSERT INTO qa_photo_reviews (drop_number, submitted_by, user_name)"
+        " VALUES ('DR1', '80000000000018', 'x')"
+    )
+    assert "80000000000018" not in _run(environment, "audit").stdout
+    assert "80000000000018" in _run({**environment, "LOG_NUMBERS": "full"}, "audit").stdout
+
+
+def test_database_that_no_monitor_knows_is_named(environment: dict[str, str]) -> None:
+    ended = _run(environment, "audit")
+    assert ended.returncode == 1
+    assert "has no tables of the monitor" in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+def test_unreadable_map_repairs_nothing(
+    bridge: SyntheticBridge, environment: dict[str, str], relay_once: Any
+) -> None:
+    relay_once()
+    bridge.whatsapp_db.unlink()
+    ended = _run(environment, "repair-lids")
+    assert ended.returncode == 1
+    assert "map is unavailable" in ended.stderr
+
+
+def test_without_a_url_an_embedded_database_runs_in_the_state_directory_and_keeps_its_data(
+    bridge: SyntheticBridge, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    state = tmp_path_factory.mktemp("s")
+    alone = {**environment, "STATE_DIRECTORY": str(state), "DATABASE_URL": ""}
+    bridge.post(chat_jid=NORTHFIELD, sender=PHONE, content="DR1000001")
+    first = _run(alone, "run", "--once")
+    assert first.returncode == 0, first.stderr
+    assert (state / "postgres").is_dir()
+    second = _run({**alone, "WA_SINCE": ""}, "run", "--once")
+    assert second.returncode == 0, second.stderr
+    assert "Found drop" in first.stdout
+    assert "Found drop" not in second.stdout
+
+
+def test_wrong_url_is_one_sentence_without_its_password(environment: dict[str, str]) -> None:
+    for command in (("run", "--once"), ("audit",), ("repair-lids",)):
+        ended = _run({**environment, "DATABASE_URL": "mysql://monitor:s3cret-word@db/wa"}, *command)
+        assert ended.returncode == 2
+        assert ended.stderr.count("\n") == 1
+        assert "s3cret" not in ended.stdout + ended.stderr
+
+
+@pytest.mark.parametrize("command", ["run", "audit", "repair-lids", "demo"])
+def test_every_command_explains_itself(command: str) -> None:
+    ended = _run(dict(os.environ), command, "--help")
+    assert ended.returncode == 0
+    assert "Usage" in ended.stdout
+
+
+def test_unknown_option_is_a_usage_error(environment: dict[str, str]) -> None:
+    ended = _run(environment, "run", "--brigde", "x")
+    assert ended.returncode == 2
+    assert "--brigde" in ended.stderr

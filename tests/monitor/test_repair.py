@@ -1,0 +1,118 @@
+"""Repair: LIDs become phones, nothing else changes, and what stood there is kept."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from monitor.database import connect
+from monitor.identity import Known
+from monitor.repair import repair
+from monitor.settings import DatabaseUrl
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Rows = Callable[..., list[tuple[Any, ...]]]
+
+PHONE = "27711234567"
+LID = "100000000000017"
+KNOWN = Known.from_rows({LID: PHONE, "90000000000019": "263712345678", "27831234560": "918123456789"})
+REST = "SELECT to_jsonb(r) - 'submitted_by' - 'user_name' FROM qa_photo_reviews r ORDER BY drop_number"
+
+
+@pytest.fixture
+def table(relay_once: Any, rows: Rows) -> None:
+    """A filled table: LIDs in both columns and spellings, phones of several countries, a row typed by hand."""
+    relay_once()
+    for number, (submitted_by, user_name) in enumerate(
+        [
+            (LID, LID),
+            (PHONE, LID),
+            (f"{LID}@lid", "x"),
+            (f"{LID}:4@s.whatsapp.net", LID),
+            ("27831234560", "27831234560"),  # a LID in the shape of a phone
+            ("263712345678", "263712345678"),
+            ("2348021234567", "2348021234567"),
+            (None, "typed by hand"),
+            ("3000000000013", "3000000000013"),  # a LID that the map does not have
+        ]
+    ):
+        rows(
+            "INSERT INTO qa_photo_reviews (drop_number, submitted_by, user_name, project)"
+            " VALUES (%s, %s, %s, %s)",
+            f"DR100000{number}",
+            submitted_by,
+            user_name,
+            "Northfield" if number % 2 else "Eastvale",
+        )
+
+
+def _run(database_url: str, *, dry_run: bool = False) -> Any:
+    with closing(connect(DatabaseUrl(database_url))) as database:
+        return repair(database, KNOWN, dry_run=dry_run)
+
+
+@pytest.mark.usefixtures("table")
+def test_lids_become_phones_and_everything_else_stays(database_url: str, rows: Rows) -> None:
+    before = rows(REST)
+    report = _run(database_url)
+    assert rows("SELECT submitted_by, user_name FROM qa_photo_reviews ORDER BY drop_number") == [
+        (PHONE, PHONE),
+        (PHONE, PHONE),
+        (PHONE, "x"),
+        (PHONE, PHONE),
+        ("918123456789", "918123456789"),
+        ("263712345678", "263712345678"),
+        ("2348021234567", "2348021234567"),
+        (None, "typed by hand"),
+        ("3000000000013", "3000000000013"),
+    ]
+    assert rows(REST) == before
+    assert dict(report.repaired) == {"Eastvale": 3, "Northfield": 2}
+
+
+@pytest.mark.usefixtures("table")
+def test_old_values_are_kept_under_the_run(database_url: str, rows: Rows) -> None:
+    report = _run(database_url)
+    kept = rows(
+        "SELECT run_id, drop_number, old_submitted_by, new_submitted_by, old_user_name, new_user_name"
+        " FROM wa_monitor.repair ORDER BY drop_number"
+    )
+    assert len(kept) == 5
+    assert kept[1] == (report.run_id, "DR1000001", PHONE, PHONE, LID, PHONE)
+
+
+@pytest.mark.usefixtures("table")
+def test_lid_that_the_map_does_not_have_is_listed_and_left(database_url: str) -> None:
+    report = _run(database_url)
+    assert [(row.drop_number, row.value) for row in report.unresolved] == [("DR1000008", "3000000000013")]
+
+
+@pytest.mark.usefixtures("table")
+def test_dry_run_reports_the_same_and_changes_nothing(database_url: str, rows: Rows) -> None:
+    before = rows("SELECT to_jsonb(r) FROM qa_photo_reviews r ORDER BY drop_number")
+    report = _run(database_url, dry_run=True)
+    assert dict(report.repaired) == {"Eastvale": 3, "Northfield": 2}
+    assert rows("SELECT to_jsonb(r) FROM qa_photo_reviews r ORDER BY drop_number") == before
+    assert rows("SELECT count(*) FROM wa_monitor.repair") == [(0,)]
+
+
+@pytest.mark.usefixtures("table")
+def test_second_run_finds_nothing_to_do(database_url: str) -> None:
+    _run(database_url)
+    assert not _run(database_url).repaired
+
+
+def test_more_rows_than_a_batch_are_all_repaired(relay_once: Any, database_url: str, rows: Rows) -> None:
+    relay_once()
+    rows(
+        "INSERT INTO qa_photo_reviews (drop_number, submitted_by, user_name, project)"
+        " SELECT 'DR' || n, %s, %s, 'Northfield' FROM generate_series(1000000, 1001200) n",
+        LID,
+        LID,
+    )
+    assert dict(_run(database_url).repaired) == {"Northfield": 1201}
+    assert rows("SELECT count(*) FROM qa_photo_reviews WHERE submitted_by = %s", PHONE) == [(1201,)]
