@@ -25,7 +25,7 @@ REST = "SELECT to_jsonb(r) - 'submitted_by' - 'user_name' FROM qa_photo_reviews 
 
 @pytest.fixture
 def table(relay_once: Any, rows: Rows) -> None:
-    """A filled table: LIDs in both columns and spellings, phones of several countries, a row typed by hand."""
+    """A filled table: LIDs in both columns and spellings, foreign phones, and a row typed by hand."""
     relay_once()
     for number, (submitted_by, user_name) in enumerate(
         [
