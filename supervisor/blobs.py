@@ -6,8 +6,8 @@ so a reader never sees half of one; but a power cut may leave an empty file unde
 of old files may take one away, so what an earlier run left is compared before it is relied on. The manifests
 that children start from lie beside the blobs, each under its tree digest.
 
-One supervisor owns the directory, held by a lock that the kernel releases with the process: each removes what
-its own generations no longer need, and two would remove each other's.
+One supervisor owns the directory (:mod:`supervisor.lock`): each removes what its own generations no longer
+need, and two would remove each other's.
 
 Rejected: handing the sources to the child in its start message (20,000 files are megabytes on each start),
 and git's object store (the tree need not be a repository, and its owner may be another user).
@@ -16,18 +16,14 @@ and git's object store (the tree need not be a repository, and its owner may be 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
-import weakref
 from collections.abc import Collection
 from pathlib import Path
 
-from supervisor.errors import AlreadyRunningError, BlobError
+from supervisor.errors import BlobError
 from supervisor.manifest import Manifest
-
-_LOCK = "lock"
 
 
 class BlobStore:
@@ -37,7 +33,6 @@ class BlobStore:
         directory: is created with mode 0700 where it does not exist.
 
     Raises:
-        AlreadyRunningError: another supervisor keeps its sources there.
         OSError: the directory cannot be used.
     """
 
@@ -46,13 +41,8 @@ class BlobStore:
         self.manifests = directory / "manifests"
         for folder in (self.blobs, self.manifests):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._release = weakref.finalize(self, os.close, _lock(directory))
         self._held: dict[str, int] = {}
         """Digest to size of what was seen whole by this process."""
-
-    def close(self) -> None:
-        """Let another supervisor have the directory."""
-        self._release()
 
     def put(self, content: bytes) -> str:
         """Keep ``content`` and return its sha256 in hexadecimal.
@@ -104,19 +94,6 @@ class BlobStore:
         _remove_others(self.blobs, needed)
         _remove_others(self.manifests, {f"{manifest.digest}.json" for manifest in keep})
         self._held = {digest: size for digest, size in self._held.items() if digest in needed}
-
-
-def _lock(directory: Path) -> int:
-    """Take the directory for this process and return the descriptor that holds it."""
-    descriptor = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise AlreadyRunningError(
-            f"another supervisor keeps its sources in {directory}; give each supervisor its own --state-dir"
-        ) from None
-    return descriptor
 
 
 def _size(path: Path) -> int | None:

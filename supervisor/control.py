@@ -13,7 +13,6 @@ kernel releases with the process, so a socket left by a dead one is simply repla
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import select
@@ -26,12 +25,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from supervisor.errors import AlreadyRunningError, NoSupervisorError, UsageError
+from supervisor import lock
+from supervisor.errors import NoSupervisorError, UsageError
 from supervisor.notify import check_socket_path
 
 VERSION = 1
 _SOCKET = "control.sock"
-_LOCK = "lock"
 _REQUEST_BYTES = 64 * 1024
 _MAX_CLIENTS = 64
 _PEER = struct.Struct("3i")
@@ -119,20 +118,23 @@ class ControlServer:
     ) -> None:
         self._path = directory / _SOCKET
         check_socket_path(self._path)
-        self._lock = _lock(directory)
+        self._lock = lock.take(directory, "--runtime-dir")
         self._selector = selector
         self._handle = handle
         self._clients: list[Client] = []
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
+            _refuse_foreign(directory)
             self._socket.setblocking(False)
             self._path.unlink(missing_ok=True)
             self._socket.bind(str(self._path))
             self._path.chmod(0o600)
             self._socket.listen(_MAX_CLIENTS)
-        except OSError as error:
+        except (OSError, UsageError) as error:
             self._socket.close()
             os.close(self._lock)
+            if isinstance(error, UsageError):
+                raise
             raise UsageError(
                 f"cannot make the socket {self._path}: {error.strerror}; name another --runtime-dir"
             ) from error
@@ -254,30 +256,6 @@ def _answer(line: bytes, path: Path) -> Answer:
     if not isinstance(body, dict) or body.get("v") != VERSION or "ok" not in body:
         raise NoSupervisorError(f"what answers at {path} does not speak version {VERSION} of the protocol")
     return body
-
-
-def _lock(directory: Path) -> int:
-    """Take the directory for this process and return the descriptor that holds it."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _refuse_foreign(directory)
-        descriptor = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except OSError as error:
-        raise UsageError(
-            f"cannot use the runtime directory {directory}: {error.strerror}; "
-            "name another one with --runtime-dir"
-        ) from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        owner = os.read(descriptor, 32).decode("ascii", "replace").strip() or "unknown"
-        os.close(descriptor)
-        raise AlreadyRunningError(
-            f"a supervisor with pid {owner} already owns {directory}; use it, or name another --runtime-dir"
-        ) from None
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, str(os.getpid()).encode())
-    return descriptor
 
 
 def _refuse_foreign(directory: Path) -> None:

@@ -1,9 +1,10 @@
 """Metrics: what Prometheus sees, the supervisor's own series and those of the child, on one endpoint.
 
-The rule for the child's series: **a total never goes down because a child was replaced or killed.** A child
-sends its registry once a second; for each counter and histogram series the supervisor keeps a base, the sum
-of what ended generations had last sent, and exports base plus the present values. A gauge says how things are
-*now*, so it comes from the generation that serves, and is gone with it.
+The rule for the child's series: **a total never goes down because a child was replaced or killed**, and
+nothing a child sends can spoil the exposition. A child sends its registry once a second; for each counter and
+histogram series the supervisor keeps a base, the sum of what ended generations had last sent, and exports
+base plus the present values. A gauge says how things are *now*, so it comes from the generation that serves,
+and is gone with it. Families that cannot be shown are counted, not hidden.
 
 Series of the supervisor exist from 0, so that the first event ever is an increase. Names and labels: the
 contract of the project and https://prometheus.io/docs/practices/naming/.
@@ -15,7 +16,9 @@ restart).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, get_args
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from typing import TypeVar, get_args
 
 import psutil
 from prometheus_client import (
@@ -27,23 +30,46 @@ from prometheus_client import (
     PlatformCollector,
     ProcessCollector,
 )
-from prometheus_client.core import Metric
+from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from supervisor.families import (
+    TOTAL_KINDS,
+    Family,
+    FamilyError,
+    Series,
+    Totals,
+    Values,
+    added,
+    parse,
+    total_values,
+)
 from supervisor.lifecycle import Outcome
 
 TRIGGERS = (
-    "watch", "scan", "signal", "cli", "config", "suspect", "mismatch", "crash", "hang", "memory", "age", "start",
-)  # fmt: skip
+    "watch",
+    "scan",
+    "signal",
+    "cli",
+    "config",
+    "suspect",
+    "mismatch",
+    "crash",
+    "hang",
+    "memory",
+    "age",
+    "start",
+)
 RESTART_CAUSES = ("crash", "hang", "memory", "age", "mismatch")
 STAGES = ("settle", "manifest", "bytecode", "launch", "verify", "handover")
 WATCH_MODES = ("events", "partial", "polling")
 
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
-_TOTALS = frozenset({"counter", "histogram", "summary"})
-_RESERVED = "wa_supervisor_"
+_Value = TypeVar("_Value")
 
-_SeriesKey = tuple[str, tuple[tuple[str, str], ...]]
+_OURS = ("wa_supervisor_", "process_", "python_")
+_SCRAPE_ERROR = "wa_supervisor_child_scrape_error"
+"""The one name of ours that a child may use: its own registry could not be read."""
 
 
 class SupervisorMetrics:
@@ -116,6 +142,7 @@ class SupervisorMetrics:
         self.child_fds = gauge("child_open_fds", "Open file descriptors of the live child.")
         self.child_threads = gauge("child_threads", "Threads of the live child.")
 
+        self._code: tuple[str, str, str] | None = None
         self._followed: dict[Counter, int] = {}
 
     def follow(self, counter: Counter, total: int) -> None:
@@ -134,9 +161,15 @@ class SupervisorMetrics:
 
     def set_code_info(self, tree: str | None, commit: str | None) -> None:
         """Name what runs; empty labels where it is not known."""
-        self.code_info.clear()
-        if tree is not None:
-            self.code_info.labels(tree, commit or "", "").set(1)
+        code = (tree, commit or "", "") if tree is not None else None
+        if code == self._code:
+            return
+        # The new one first: a scrape in between sees both, never none.
+        if code is not None:
+            self.code_info.labels(*code).set(1)
+        if self._code is not None:
+            self.code_info.remove(*self._code)
+        self._code = code
 
     def set_watch_mode(self, mode: str) -> None:
         """Name how changes are noticed."""
@@ -182,67 +215,128 @@ class ProcessSampler:
         self._cpu_seconds = used
 
 
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """Everything that is known of the children's series at one moment.
+
+    Attributes:
+        bases: totals of the generations that are gone.
+        totals: number of a generation to what it has counted.
+        families: number of a generation to its last report.
+        newest: name of a family to the newest generation that had it, and the family as it was there.
+        live: the generation that serves.
+        ended: the generations that are gone.
+        rejected: how many families of the last report could not be shown.
+    """
+
+    bases: Values = field(default_factory=dict)
+    totals: Mapping[int, Totals] = field(default_factory=dict)
+    families: Mapping[int, tuple[Family, ...]] = field(default_factory=dict)
+    newest: Mapping[str, tuple[int, Family]] = field(default_factory=dict)
+    live: int | None = None
+    ended: frozenset[int] = frozenset()
+    rejected: int = 0
+
+
 class ChildMetrics(Collector):
     """The series of all generations as one.
 
-    The main loop updates it; scrapes read it from other threads. Each update replaces a whole tuple or
-    dictionary that is not altered afterwards, so that a scrape sees one state or the next.
+    The main loop updates it; scrapes read it from other threads. All that is known is one value that is
+    replaced whole, so that a scrape sees one state or the next and never half of a handover.
     """
 
     def __init__(self) -> None:
-        self._bases: dict[_SeriesKey, float] = {}
-        self._families: dict[str, Mapping[str, Any]] = {}
-        self._current: dict[int, tuple[Mapping[str, Any], ...]] = {}
-        self._live: int | None = None
+        self._known = _Known()
 
-    def update(self, generation: int, families: Iterable[Mapping[str, Any]]) -> None:
-        """Take what a child sent; families that are not of the agreed form, or that are ours, are left out."""
-        valid = tuple(f for f in families if _is_family(f) and not f["name"].startswith(_RESERVED))
-        self._families = self._families | {f["name"]: {**f, "samples": []} for f in valid}
-        self._current = self._current | {generation: valid}
+    def update(self, generation: int, families: Iterable[object]) -> None:
+        """Take what a child sent; families that are not of the agreed form, or ours, are left out."""
+        known = self._known
+        if generation in known.ended:
+            return
+        reports = list(families)
+        accepted = tuple(family for report in reports if (family := _accepted(report)) is not None)
+        newest = dict(known.newest)
+        for family in accepted:
+            if generation >= newest.get(family.name, (0, family))[0]:
+                newest[family.name] = generation, family
+        totals = known.totals.get(generation, Totals()).after(total_values(accepted))
+        self._known = replace(
+            known,
+            totals={**known.totals, generation: totals},
+            families={**known.families, generation: accepted},
+            newest=newest,
+            rejected=len(reports) - len(accepted),
+        )
 
     def go_live(self, generation: int) -> None:
         """Take the gauges from this generation from now on."""
-        self._live = generation
+        self._known = replace(self._known, live=generation)
 
     def end(self, generation: int) -> None:
         """Add the totals of a generation that is gone to the bases."""
-        bases = dict(self._bases)
-        for family in self._current.get(generation, ()):
-            if family["type"] in _TOTALS:
-                for name, labels, value in _samples(family):
-                    bases[name, labels] = bases.get((name, labels), 0.0) + value
-        self._current = {
-            number: families for number, families in self._current.items() if number != generation
-        }
-        self._bases = bases
+        known = self._known
+        self._known = replace(
+            known,
+            bases=added(known.bases, known.totals.get(generation, Totals()).values),
+            totals=_without(generation, known.totals),
+            families=_without(generation, known.families),
+            ended=known.ended | {generation},
+        )
 
     def collect(self) -> Iterator[Metric]:
         """Yield the families, totals summed over generations."""
-        current, live = self._current, self._live
-        values: dict[str, dict[_SeriesKey, float]] = {}
-        for (name, labels), base in self._bases.items():
-            values.setdefault(name, {})[name, labels] = base
-        gauges: dict[str, list[tuple[str, tuple[tuple[str, str], ...], float]]] = {}
-        for number, families in current.items():
-            for family in families:
-                if family["type"] in _TOTALS:
-                    for name, labels, value in _samples(family):
-                        series = values.setdefault(name, {})
-                        series[name, labels] = series.get((name, labels), 0.0) + value
-                elif number == live:
-                    gauges[family["name"]] = _samples(family)
-        for family in self._families.values():
-            metric = Metric(family["name"], family["documentation"], family["type"])
-            if family["type"] in _TOTALS:
-                for suffix in ("_total", "_bucket", "_count", "_sum", ""):
-                    for (name, labels), value in values.get(family["name"] + suffix, {}).items():
-                        metric.add_sample(name, dict(labels), value)
+        known = self._known
+        yield GaugeMetricFamily(
+            "wa_supervisor_child_families_rejected",
+            "Metric families of the child that could not be shown, in its last report.",
+            value=known.rejected,
+        )
+        totals = _by_name(reduce(added, (t.values for t in known.totals.values()), known.bases))
+        now = {family.name: family for family in known.families.get(known.live or 0, ())}
+        for family in _compatible(known.newest.values()):
+            if family.kind in TOTAL_KINDS:
+                values = {s: v for name in sorted(family.names) for s, v in totals.get(name, {}).items()}
+            elif family.name in now and now[family.name].kind == family.kind:
+                values = dict(now[family.name].values)
             else:
-                for name, labels, value in gauges.get(family["name"], ()):
-                    metric.add_sample(name, dict(labels), value)
-            if metric.samples:
-                yield metric
+                continue
+            if values:
+                yield _metric(family, values)
+
+
+def _accepted(report: object) -> Family | None:
+    try:
+        family = parse(report)
+    except FamilyError:
+        return None
+    return None if family.name.startswith(_OURS) and family.name != _SCRAPE_ERROR else family
+
+
+def _compatible(families: Iterable[tuple[int, Family]]) -> Iterator[Family]:
+    """Yield the families that can stand in one exposition; of two that share a name the newer one."""
+    taken: set[str] = set()
+    for _, family in sorted(families, key=lambda entry: -entry[0]):
+        if not taken & family.names:
+            taken |= family.names
+            yield family
+
+
+def _metric(family: Family, values: Values) -> Metric:
+    metric = Metric(family.name, family.documentation, family.kind)
+    for (name, labels), value in values.items():
+        metric.add_sample(name, dict(labels), value)
+    return metric
+
+
+def _by_name(values: Values) -> Mapping[str, Mapping[Series, float]]:
+    grouped: dict[str, dict[Series, float]] = {}
+    for series, value in values.items():
+        grouped.setdefault(series[0], {})[series] = value
+    return grouped
+
+
+def _without(number: int, values: Mapping[int, _Value]) -> Mapping[int, _Value]:
+    return {key: value for key, value in values.items() if key != number}
 
 
 def registry() -> CollectorRegistry:
@@ -252,23 +346,3 @@ def registry() -> CollectorRegistry:
     PlatformCollector(registry=created)
     GCCollector(registry=created)
     return created
-
-
-def _samples(family: Mapping[str, Any]) -> list[tuple[str, tuple[tuple[str, str], ...], float]]:
-    return [
-        (name, tuple(sorted(labels.items())), float(value))
-        for name, labels, value in family["samples"]
-        if not name.endswith("_created")
-    ]
-
-
-def _is_family(family: Mapping[str, Any]) -> bool:
-    try:
-        for name, labels, value in family["samples"]:
-            if not (isinstance(name, str) and isinstance(labels, dict) and isinstance(value, (int, float))):
-                return False
-        return all(isinstance(family[key], str) for key in ("name", "documentation", "type")) and family["type"] in (
-            *_TOTALS, "gauge", "info", "unknown", "stateset",
-        )  # fmt: skip
-    except (KeyError, TypeError, ValueError):
-        return False

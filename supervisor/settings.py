@@ -2,7 +2,8 @@
 
 Flags beat the TOML file, the file beats the defaults. **Every flag of ``run`` is a key of the file**, spelled
 the same (``ready-timeout = 30``); an unknown key or a wrong type is a :class:`UsageError` that names file and
-key. TARGET is looked up without importing it: the supervisor never runs code of the tree.
+key, and a value is held to the same bounds wherever it comes from. TARGET is looked up without importing it:
+the supervisor never runs code of the tree.
 """
 
 from __future__ import annotations
@@ -27,7 +28,11 @@ Handover = Literal["replace", "overlap"]
 
 DEFAULT_LISTEN = "127.0.0.1:9464"
 
-_Seconds = Annotated[float, msgspec.Meta(gt=0)]
+_MAX_SECONDS = 366 * 24 * 3600.0
+"""Longest duration that makes sense, and one that every timer of the system can hold."""
+
+_Seconds = Annotated[float, msgspec.Meta(gt=0, le=_MAX_SECONDS)]
+_SecondsOrOff = Annotated[float, msgspec.Meta(ge=0, le=_MAX_SECONDS)]
 _MAX_PORT = 65535
 
 
@@ -56,9 +61,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     type: ServiceType | None = None
     handover: Handover | None = None
     ready_timeout: _Seconds | None = None
-    watchdog: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    watchdog: _SecondsOrOff | None = None
     stop_timeout: _Seconds | None = None
-    quiet: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    quiet: _SecondsOrOff | None = None
     scan_interval: _Seconds | None = None
     verify_interval: _Seconds | None = None
     runtime_dir: str | None = None
@@ -121,14 +126,18 @@ def resolve(target: Target, options: Options) -> Settings:
     Raises:
         UsageError: the target or a watched directory does not exist, or a value makes no sense.
     """
+    _check(options)
     origin = _locate(target)
     roots = [Path(directory) for directory in options.watch or (origin,)]
     for root in roots:
         if not root.is_dir():
             raise UsageError(f"--watch {root} is not a directory; name the folder that holds the code")
+    tree = Tree(source_roots(roots))
+    if target.kind == "script" and not _is_within(Path(target.name), tree):
+        raise UsageError(f"TARGET {target} lies in no watched folder; add --watch {origin}")
     return Settings(
         target=target,
-        tree=Tree(source_roots(roots)),
+        tree=tree,
         type=options.type or "simple",
         handover=options.handover or "replace",
         ready_timeout_seconds=options.ready_timeout or 30.0,
@@ -160,24 +169,46 @@ def parse_target(words: tuple[str, ...] | list[str]) -> Target:
     if colon and all(part.isidentifier() for part in [*module.split("."), *attribute.split(".")]):
         return Target("callable", first, tuple(arguments))
     raise UsageError(
-        f"TARGET {first!r} is neither a script (path/to/script.py), nor package.module:callable, nor -m package.module"
+        f"TARGET {first!r} is neither a script (path/to/script.py), nor package.module:callable, "
+        "nor -m package.module"
     )
 
 
 def runtime_dir(given: str | None) -> Path:
     """Return the directory of socket and lock: as given, ``$RUNTIME_DIRECTORY``, or the user's own (XDG)."""
-    if given or (given := os.environ.get("RUNTIME_DIRECTORY")):
+    if given or (given := _first_directory("RUNTIME_DIRECTORY")):
         return Path(given).absolute()
     if base := os.environ.get("XDG_RUNTIME_DIR"):
-        return Path(base) / "wa-supervisor"
+        return Path(base).absolute() / "wa-supervisor"
     return Path(tempfile.gettempdir()) / f"wa-supervisor-{os.getuid()}"
 
 
 def _state_dir(given: str | None) -> Path:
-    if given or (given := os.environ.get("STATE_DIRECTORY")):
+    if given or (given := _first_directory("STATE_DIRECTORY")):
         return Path(given).absolute()
-    base = os.environ.get("XDG_STATE_HOME")
-    return (Path(base) if base else Path.home() / ".local" / "state") / "wa-supervisor"
+    try:
+        base = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    except RuntimeError as error:
+        raise UsageError("this user has no home directory; name a place with --state-dir") from error
+    return base.absolute() / "wa-supervisor"
+
+
+def _first_directory(variable: str) -> str:
+    """Return what systemd.exec(5) passes on: a unit with several directories has them joined by colons."""
+    return os.environ.get(variable, "").partition(":")[0]
+
+
+def _check(options: Options) -> None:
+    """Hold flags to the bounds that the file's values were held to when they were read.
+
+    Raises:
+        UsageError: a value is out of its bounds.
+    """
+    try:
+        msgspec.convert(msgspec.to_builtins(options), Options, strict=True)
+    except msgspec.ValidationError as error:
+        what, _, where = str(error).partition(" - at `$.")
+        raise UsageError(f"--{where.rstrip('`')}: {what[:1].lower()}{what[1:]}") from error
 
 
 def _address(text: str) -> tuple[str, int]:
@@ -187,12 +218,21 @@ def _address(text: str) -> tuple[str, int]:
     return host.strip("[]") or "127.0.0.1", int(port)
 
 
+def _is_within(script: Path, tree: Tree) -> bool:
+    """Whether a script lies below a root, by the root's name or by its real place."""
+    path = Path(os.path.normpath(script.absolute()))
+    roots = [Path(root) for root in tree.roots]
+    return any(path.is_relative_to(root) or path.is_relative_to(root.resolve()) for root in roots)
+
+
 def _locate(target: Target) -> Path:
     """Return the directory to watch by default: the script's folder, or the target's top package."""
     if target.kind == "script":
         script = Path(target.name)
         if not script.is_file():
             raise UsageError(f"TARGET {script} does not exist or is not a file; name the script to run")
+        if script.suffix != ".py":
+            raise UsageError(f"TARGET {script} is not watched, only files that end in .py are; rename it")
         return script.absolute().parent
     top = target.name.partition(":")[0].partition(".")[0]
     # Where the child will look: its working directory first, as with python -m.
