@@ -243,10 +243,16 @@ class Pipeline:
                 self._begin(trigger, now)
             return
         self.scanned_at = now
-        if before is None or snapshot.manifest.digest != before.digest or self._unreadable:
+        differs = before is None or snapshot.manifest.digest != before.digest
+        if differs or self._unreadable or self._touched(snapshot):
             self._begin(trigger, now)
         else:
             self._snapshot = snapshot
+
+    def _touched(self, newer: Snapshot) -> bool:
+        """Whether a file was touched and has its old content: somebody may ask why there was no reload."""
+        known = self._snapshot.stats if self._snapshot else {}
+        return any(known.get(path, stats) != stats for path, stats in newer.stats.items())
 
     def _begin(self, trigger: str, now: float) -> _Pending:
         if self._pending is None:

@@ -28,11 +28,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from supervisor import git, launch, lifecycle
+from supervisor import git, launch, lifecycle, lock
 from supervisor.blobs import BlobStore
 from supervisor.bytecode import CompileJob
 from supervisor.control import Client, ControlServer
-from supervisor.errors import UsageError
 from supervisor.fleet import Fleet, Running
 from supervisor.lifecycle import Action, Stage
 from supervisor.manifest import Manifest
@@ -85,7 +84,8 @@ class Service:
         self._control = ControlServer(settings.runtime_dir, self._selector, self._command)
         self._notify_socket = NotifySocket(settings.runtime_dir / "notify.sock")
         self._selector.register(self._notify_socket, selectors.EVENT_READ, self._notified)
-        self._blobs = _open_blobs(settings.state_dir)
+        self._state_lock = lock.take(settings.state_dir, "--state-dir")
+        self._blobs = BlobStore(settings.state_dir)
         self._repository = git.find(Path(settings.tree.base))
         self._watcher = Watcher(settings.tree, self._wake)
         self._notifier = Notifier(inherited)
@@ -168,6 +168,7 @@ class Service:
         self._collect_job(now)
         if self._pipeline.advance(now, live=self._live_manifest, candidate=self._candidate_reload):
             self._happened(lifecycle.TreeUnchanged(self._state.live.tree if self._state.live else ""))
+        self._follow_job()
         deadline = self._state.deadline()
         if deadline is not None and deadline <= now:
             self._happened(lifecycle.Tick())
@@ -238,23 +239,28 @@ class Service:
         self._pipeline.ask(trigger, time.monotonic(), on_finish)
 
     def _collect_job(self, now: float) -> None:
-        """Wait on the compile helper there is, and take its report once it has ended."""
-        job = self._pipeline.job
-        if job is not self._job:
-            if self._job is not None:
-                self._selector.unregister(self._job)
-            if job is not None:
-                self._selector.register(job, selectors.EVENT_READ, lambda: None)
-            self._job = job
-        report = job.read() if job is not None else None
+        """Take the report of the compile helper once it has ended."""
+        report = self._pipeline.job.read() if self._pipeline.job is not None else None
         if report is None:
             return
         self._reporting.bytecode(report)
         built = self._pipeline.compiled(report, now)
+        self._follow_job()
         if built is not None:
             self._manifests[built.manifest.digest] = built.manifest
             self._launching = built.reload
             self._happened(lifecycle.TreeReady(built.manifest.digest, built.reload.trigger))
+
+    def _follow_job(self) -> None:
+        """Wait on the compile helper there is, before its predecessor's descriptor is used again."""
+        job = self._pipeline.job
+        if job is self._job:
+            return
+        if self._job is not None:
+            self._selector.unregister(self._job)
+        if job is not None:
+            self._selector.register(job, selectors.EVENT_READ, lambda: None)
+        self._job = job
 
     def _reload_finished(self, reload: Reload) -> None:
         """Tell everybody of a reload that has its outcome, those who asked for it last."""
@@ -524,6 +530,7 @@ class Service:
         self._selector.close()
         self._wake_reader.close()
         self._wake_writer.close()
+        os.close(self._state_lock)
 
 
 def _policy(settings: Settings) -> lifecycle.Policy:
@@ -535,15 +542,6 @@ def _policy(settings: Settings) -> lifecycle.Policy:
         watchdog_seconds=settings.watchdog_seconds,
         jitter=lambda: random.uniform(0.8, 1.2),  # noqa: S311 -- spreads restarts, keeps no secret
     )
-
-
-def _open_blobs(directory: Path) -> BlobStore:
-    try:
-        return BlobStore(directory)
-    except OSError as error:
-        raise UsageError(
-            f"cannot use the state directory {directory}: {error.strerror}; name another one with --state-dir"
-        ) from error
 
 
 def _ignore_here(_number: int, _frame: FrameType | None) -> None:

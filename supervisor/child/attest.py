@@ -9,8 +9,11 @@ The nonce of the request is repeated in the answer, so that an earlier answer ca
 
 from __future__ import annotations
 
+import ast
 import sys
-from types import FrameType
+import time
+from dataclasses import dataclass
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,15 +21,66 @@ if TYPE_CHECKING:
     from .pinned import Pins
 
 _IMPORT_MACHINERY = "<frozen importlib._bootstrap>"
+_GUESS_SECONDS = 1.0
 
 
-def report(pins: Pins, nonce: str, main_thread: int) -> Frame:
+@dataclass
+class Progress:
+    """How far the application's main thread has come.
+
+    A script's imports are statements of its body, which runs behind the gate: it is not yet at work while it
+    stands at or before the last of them. That is a guess about foreign code (the last import may follow the
+    work), so it holds for :data:`_GUESS_SECONDS` at most; being inside the import machinery is a fact.
+
+    Attributes:
+        thread: identity of the main thread.
+        body: the code of ``__main__``; None for a callable, whose module was imported before the gate.
+        last_import_line: of that code.
+        began_at: monotonic time when the body began to run.
+    """
+
+    thread: int
+    body: CodeType | None = None
+    last_import_line: int = 0
+    began_at: float | None = None
+
+    def importing(self) -> bool:
+        """Whether the application is still loading its code."""
+        frame = sys._current_frames().get(self.thread)  # noqa: SLF001 -- documented
+        while frame is not None:
+            if frame.f_code.co_filename == _IMPORT_MACHINERY:
+                return True
+            if frame.f_code is self.body:
+                return frame.f_lineno <= self.last_import_line and self._guess_holds()
+            frame = frame.f_back
+        return self.body is not None and self._guess_holds()
+
+    def _guess_holds(self) -> bool:
+        return self.began_at is None or time.monotonic() - self.began_at < _GUESS_SECONDS
+
+
+def last_import_line(source: bytes) -> int:
+    """Return the line of the last import statement of a module's body, 0 if there is none.
+
+    Those in functions and classes do not count: they are part of the work.
+    """
+    last, pending = 0, list[ast.AST](ast.parse(source).body)
+    while pending:
+        node = pending.pop()
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            last = max(last, node.end_lineno or node.lineno)
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.expr)):
+            pending += ast.iter_child_nodes(node)
+    return last
+
+
+def report(pins: Pins, nonce: str, progress: Progress) -> Frame:
     """Return the answer to one request for attestation.
 
     Args:
         pins: the record of what was executed.
         nonce: of the request.
-        main_thread: identity of the thread that runs the application; whether it is importing is told.
+        progress: of the application.
     """
     loaded = dict(sys.modules)
     return {
@@ -41,7 +95,7 @@ def report(pins: Pins, nonce: str, main_thread: int) -> Frame:
             for name, module in loaded.items()
             if (path := _tree_path(pins, module)) is not None and pins.modules.get(name) != path
         ],
-        "importing": _is_importing(sys._current_frames().get(main_thread)),  # noqa: SLF001 -- documented
+        "importing": progress.importing(),
     }
 
 
@@ -56,11 +110,3 @@ def _tree_path(pins: Pins, module: Any) -> str | None:  # noqa: ANN401 -- sys.mo
 
 def _excluded(relative: str) -> bool:
     return bool({"site-packages", "node_modules", ".git"} & set(relative.split("/")))
-
-
-def _is_importing(frame: FrameType | None) -> bool:
-    while frame is not None:
-        if frame.f_code.co_filename == _IMPORT_MACHINERY:
-            return True
-        frame = frame.f_back
-    return False

@@ -32,6 +32,7 @@ from importlib.machinery import (
 )
 from importlib.util import decode_source, spec_from_file_location
 from types import CodeType, ModuleType
+from typing import Any
 
 
 class PinnedSourceError(ImportError):
@@ -73,6 +74,12 @@ class Pins:
             if path.startswith(base.rstrip(os.sep) + os.sep):
                 return path[len(base.rstrip(os.sep)) + 1 :].replace(os.sep, "/")
         return None
+
+    def holds_root(self, directory: str) -> bool:
+        """Whether a directory lies outside the tree and a root lies directly in it."""
+        return self.relative(directory) is None and any(
+            os.path.dirname(root) == directory for root in self._roots
+        )
 
     def has_source(self, relative: str) -> bool:
         """Whether the manifest has a source of this relative path."""
@@ -158,14 +165,14 @@ class PinnedFinder:
         base = f"{self._relative}/{tail}" if self._relative else tail
         package = os.path.join(self._directory, tail)
         if self._pins.has_source(f"{base}/__init__.py"):
-            return self._spec(
-                fullname, os.path.join(package, "__init__.py"), f"{base}/__init__.py", [package]
+            return pinned_spec(
+                self._pins, fullname, os.path.join(package, "__init__.py"), f"{base}/__init__.py", [package]
             )
         extension = self._extensions.find_spec(fullname, target)
         if extension is not None and extension.loader is not None:
             return extension
         if self._pins.has_source(f"{base}.py"):
-            return self._spec(fullname, f"{package}.py", f"{base}.py", None)
+            return pinned_spec(self._pins, fullname, f"{package}.py", f"{base}.py", None)
         if self._pins.has_directory(base):
             namespace = ModuleSpec(fullname, None)
             namespace.submodule_search_locations = [package]
@@ -180,18 +187,54 @@ class PinnedFinder:
         """Return what :mod:`pkgutil` lists: (name, whether it is a package), sorted."""
         return sorted((prefix + name, package) for name, package in self._pins.names_in(self._relative))
 
-    def _spec(
-        self, fullname: str, path: str, relative: str, locations: list[str] | None
-    ) -> ModuleSpec | None:
-        loader = PinnedLoader(fullname, path, self._pins, relative)
-        return spec_from_file_location(fullname, path, loader=loader, submodule_search_locations=locations)
+
+class ParentFinder:
+    """Finds modules in a directory outside the tree that a root of the tree lies in: a package's parent."""
+
+    def __init__(self, pins: Pins, directory: str, ordinary: Any) -> None:  # noqa: ANN401 -- any path entry finder
+        self._pins = pins
+        self._directory = directory
+        self._ordinary = ordinary
+
+    def find_spec(self, fullname: str, target: ModuleType | None = None) -> ModuleSpec | None:
+        """Return the pinned spec of a root that is a package; everything else is found as usual."""
+        package = os.path.join(self._directory, fullname.rpartition(".")[2])
+        relative = self._pins.relative(package)
+        if relative is None:
+            return self._ordinary.find_spec(fullname, target)  # type: ignore[no-any-return]
+        init = f"{relative}/__init__.py" if relative else "__init__.py"
+        if self._pins.has_source(init):
+            return pinned_spec(self._pins, fullname, os.path.join(package, "__init__.py"), init, [package])
+        namespace = ModuleSpec(fullname, None)
+        namespace.submodule_search_locations = [package]
+        return namespace
+
+    def invalidate_caches(self) -> None:
+        """Forget what the ordinary finder remembers of the directory."""
+        self._ordinary.invalidate_caches()
+
+    def iter_modules(self, prefix: str = "") -> Iterator[tuple[str, bool]]:
+        """Yield what :mod:`pkgutil` lists; names do not depend on the pins."""
+        import pkgutil  # noqa: PLC0415 -- only for an application that uses it itself
+
+        yield from pkgutil.iter_importer_modules(self._ordinary, prefix)  # type: ignore[attr-defined]
+
+
+def pinned_spec(
+    pins: Pins, fullname: str, path: str, relative: str, locations: list[str] | None
+) -> ModuleSpec | None:
+    """Return the spec of a module that is loaded from its blob."""
+    loader = PinnedLoader(fullname, path, pins, relative)
+    return spec_from_file_location(fullname, path, loader=loader, submodule_search_locations=locations)
 
 
 def install(pins: Pins) -> None:
     """Let every import of this process that leads into the tree go through ``pins``."""
 
-    def hook(entry: str) -> PinnedFinder:
+    def hook(entry: str) -> PinnedFinder | ParentFinder:
         path = os.path.abspath(entry or ".")
+        if pins.holds_root(path):
+            return ParentFinder(pins, path, _ordinary_finder(hook, entry))
         relative = pins.relative(path)
         # A directory without sources in the manifest (a virtual environment, one made later) is not pinned;
         # what is imported from it and lies in the tree is reported by the attestation.
@@ -201,3 +244,13 @@ def install(pins: Pins) -> None:
 
     sys.path_hooks.insert(0, hook)
     sys.path_importer_cache.clear()
+
+
+def _ordinary_finder(ours: object, entry: str) -> Any:  # noqa: ANN401 -- any path entry finder
+    for other in sys.path_hooks:
+        if other is not ours:
+            try:
+                return other(entry)
+            except ImportError:
+                continue
+    raise ImportError(f"no finder for {entry}", path=entry)

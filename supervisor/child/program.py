@@ -52,9 +52,11 @@ class _Application:
 
     Attributes:
         run: runs the application to its end; its result is an exit status as ``sys.exit`` takes it.
+        body: the code of ``__main__`` that it runs, if that is what it runs.
     """
 
     run: Callable[[], object]
+    body: CodeType | None = None
 
 
 class _Channel:
@@ -83,7 +85,7 @@ class _Channel:
             except OSError:
                 return
 
-    def serve(self, pins: pinned.Pins, main_thread: int) -> None:
+    def serve(self, pins: pinned.Pins, progress: attest.Progress) -> None:
         """Answer the supervisor until it is gone, and end this process then (runs in a thread)."""
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         next_metrics = time.monotonic() + _METRICS_INTERVAL_SECONDS
@@ -91,7 +93,7 @@ class _Channel:
         while True:
             for frame in pending:
                 if frame.get("type") == "attest":
-                    self.send(attest.report(pins, str(frame.get("nonce")), main_thread))
+                    self.send(attest.report(pins, str(frame.get("nonce")), progress))
                 elif frame.get("type") == "go":
                     self.gate.set()
             # A timeout of the socket would bound the sends of the main thread, too.
@@ -131,14 +133,23 @@ def run(descriptor: int) -> NoReturn:
     pinned.install(pins)
     main = ModuleType("__main__")
     sys.modules["__main__"] = main
-    _thread.start_new_thread(channel.serve, (pins, threading.get_ident()))
-    _end(channel, lambda: _live(channel, start["target"], main, pins))
+    progress = attest.Progress(threading.get_ident())
+    _thread.start_new_thread(channel.serve, (pins, progress))
+    _end(channel, lambda: _live(channel, start["target"], main, pins, progress))
 
 
-def _live(channel: _Channel, target: dict[str, Any], main: ModuleType, pins: pinned.Pins) -> object:
+def _live(
+    channel: _Channel, target: dict[str, Any], main: ModuleType, pins: pinned.Pins, progress: attest.Progress
+) -> object:
     application = _prepare(target, main, pins)
+    if application.body is not None:
+        progress.body = application.body
+        if "__main__" in pins.modules:
+            source = pins.read(pins.modules["__main__"], "__main__")
+            progress.last_import_line = attest.last_import_line(source)
     channel.send({"type": "imported"})
     channel.gate.wait()
+    progress.began_at = time.monotonic()
     return application.run()
 
 
@@ -155,10 +166,10 @@ def _prepare(target: dict[str, Any], main: ModuleType, pins: pinned.Pins) -> _Ap
         code = pins.compile(relative, path, "__main__")
         main.__file__ = path
         main.__dict__["__cached__"] = None
-        return _Application(lambda: _execute(code, main))
+        return _Application(lambda: _execute(code, main), code)
     sys.path[0] = os.getcwd()
     if kind == "module":
-        return _prepare_module(name, arguments, main)
+        return _prepare_module(name, arguments, main, pins)
     module_name, _, attribute = name.partition(":")
     sys.argv = [name, *arguments]
     found: Any = import_module(module_name)
@@ -169,7 +180,7 @@ def _prepare(target: dict[str, Any], main: ModuleType, pins: pinned.Pins) -> _Ap
     return _Application(found)
 
 
-def _prepare_module(name: str, arguments: list[str], main: ModuleType) -> _Application:
+def _prepare_module(name: str, arguments: list[str], main: ModuleType, pins: pinned.Pins) -> _Application:
     """Do what ``python -m NAME`` does (runpy), with ``__main__`` as the namespace from the start."""
     spec = find_spec(name)
     if spec is not None and spec.submodule_search_locations is not None:
@@ -177,10 +188,12 @@ def _prepare_module(name: str, arguments: list[str], main: ModuleType) -> _Appli
     if spec is None or spec.loader is None or not hasattr(spec.loader, "get_code"):
         raise ImportError(f"no module to run is called {name}", name=name)
     code = spec.loader.get_code(spec.name)
+    if spec.name in pins.modules:
+        pins.modules["__main__"] = pins.modules.pop(spec.name)
     main.__file__ = spec.origin
     main.__spec__, main.__loader__, main.__package__ = spec, spec.loader, spec.parent
     sys.argv = [spec.origin or name, *arguments]
-    return _Application(lambda: _execute(code, main))
+    return _Application(lambda: _execute(code, main), code)
 
 
 def _execute(code: CodeType, main: ModuleType) -> None:

@@ -1,0 +1,34 @@
+"""Fixtures for tests of the supervisor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.supervisor.harness import SCRIPT, Supervised
+
+
+@pytest.fixture
+def supervise(tmp_path: Path) -> Iterator[Callable[..., Supervised]]:
+    """Start supervisors that are stopped at the end of the test: ``supervise(*arguments, cwd=…)``."""
+    with ExitStack() as stack:
+
+        def start(*arguments: str, cwd: Path, folder: Path | None = None, **environment: str) -> Supervised:
+            started = Supervised(folder or tmp_path, list(arguments), cwd, environment)
+            stack.callback(started.end)
+            return started
+
+        yield start
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A script tree: ``main.py`` beside ``modules/answer.py``, which says 1."""
+    folder = tmp_path / "tree"
+    (folder / "modules").mkdir(parents=True)
+    (folder / "main.py").write_text(SCRIPT, encoding="utf-8")
+    (folder / "modules" / "answer.py").write_text("VALUE = 1\n", encoding="utf-8")
+    return folder
