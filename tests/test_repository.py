@@ -20,14 +20,13 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 
-# The only numbers of persons that may stand anywhere here; all are examples of libphonenumber or no numbers
-# at all.
-PHONES = {
-    *("27711234567", "263712345678", "258821234567", "447400123456", "918123456789", "2348021234567"),
-    "12015550123",
-}
-LIDS = re.compile(r"1(0{11,12})\d\d|90000000000019|3000000000013|120363\d+")
-PASSWORDS = {"secret", "password", "open-sesame", "PASSWORD", "***"}
+# The only numbers of persons that may stand anywhere here: examples of libphonenumber, and the subscriber
+# that no directory lists, 123 4567. LIDs are made of zeros; so are group ids.
+PHONES = re.compile(
+    r"27\d\d123456[07]|263712345678|258821234567|447400123456|918123456789|2348021234567|12015550123"
+)
+LIDS = re.compile(r"[1389]0{8,12}\d\d|120363\d+")
+PASSWORDS = re.compile(r"s3cret.*|secret|password|open-sesame|PASSWORD|\*+|[{$<].*")
 
 
 def texts() -> Iterator[tuple[str, str]]:
@@ -99,7 +98,7 @@ def test_no_number_of_a_real_person_is_under_version_control() -> None:
     found = []
     for name, text in texts():
         for digits in re.findall(r"(?<![0-9A-Za-z._])[1-9][0-9]{9,14}(?![0-9A-Za-z])", text):
-            if digits in PHONES or LIDS.fullmatch(digits):
+            if PHONES.fullmatch(digits) or LIDS.fullmatch(digits):
                 continue
             if len(digits) >= 13 or phonenumbers.is_valid_number(phonenumbers.parse(f"+{digits}")):
                 found.append(f"{name}: {digits}")
@@ -112,7 +111,7 @@ def test_no_credentials_are_under_version_control() -> None:
         found += [
             f"{name}: the password {password} in a URL"
             for password in re.findall(r"\b[a-z+]+://[^\s:/@'\"]+:([^\s@'\"]+)@", text)
-            if password not in PASSWORDS and not password.startswith(("{", "$", "<"))
+            if not PASSWORDS.fullmatch(password)
         ]
         if re.search(
             r"-----BEGIN [A-Z ]*PRIVATE KEY-----|\bAKIA[0-9A-Z]{16}\b|\bgh[pousr]_[A-Za-z0-9]{36}", text
