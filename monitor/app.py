@@ -108,16 +108,16 @@ def _stopped_by_signal(stop: Stop) -> Iterator[None]:
 
 @contextmanager
 def _exported(metrics: MonitorMetrics, settings: Settings) -> Iterator[None]:
-    """Show the metrics in the process's registry, and on an address of our own if one is set."""
-    REGISTRY.register(metrics)
-    try:
-        if settings.listen is None:
-            yield
-        else:
-            # Imported here: under a supervisor there is one endpoint, and it is not ours.
-            from monitor.endpoint import listening  # noqa: PLC0415
+    """Show the metrics in the process's registry, and on an address of our own if one is set.
 
-            with listening(settings.listen, REGISTRY):
-                yield
-    finally:
-        REGISTRY.unregister(metrics)
+    They stay registered: a supervisor asks for the last totals when the monitor has ended.
+    """
+    REGISTRY.register(metrics)
+    if settings.listen is None:
+        yield
+        return
+    # Imported here: under a supervisor there is one endpoint, and it is not ours.
+    from monitor.endpoint import listening  # noqa: PLC0415
+
+    with listening(settings.listen, REGISTRY):
+        yield

@@ -48,6 +48,7 @@ _COLUMNS = ("id", "chat_jid", "sender", "content", "timestamp", "is_from_me")
 _SELECT = f"SELECT rowid, {', '.join(_COLUMNS)} FROM messages"  # noqa: S608 -- constants of this module
 _LOCKED = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 _DAMAGED = {sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT}
+_MAX_ID_CHARACTERS = 255
 _PRIMARY_CODE_MASK = 0xFF  # an extended result code holds its primary one in the low byte
 
 
@@ -236,15 +237,23 @@ def _parse(row: tuple[int, object, object, object, object, object, object]) -> M
     """Turn a row into a message, or say why it is none."""
     rowid, raw_id, raw_chat, raw_sender, raw_content, raw_time, is_from_me = row
     message_id, chat, sender, content = map(_text, (raw_id, raw_chat, raw_sender, raw_content))
-    key = message_id or f"no-id:{digest(f'{raw_time}|{sender}|{content}')}"
-    fault = next((fault for value in (message_id, chat, sender, content) if (fault := _fault(value))), None)
+    key = _key(message_id) or f"no-id:{digest(f'{raw_time}|{sender}|{content}')}"
+    fault = "its chat has no usable address" if len(chat) > _MAX_ID_CHARACTERS else None
+    fault = fault or next(
+        (fault for value in (message_id, chat, sender, content) if (fault := _fault(value))), None
+    )
     try:
         sent_at = _instant(raw_time)
     except ValueError as error:
         fault = fault or str(error)
     if fault is not None:
-        return Unreadable(rowid, _escaped(key), _escaped(chat), digest(content), fault)
+        return Unreadable(rowid, _escaped(key), _escaped(chat)[:_MAX_ID_CHARACTERS], digest(content), fault)
     return Message(rowid, key, chat, sender, content, sent_at, bool(is_from_me))
+
+
+def _key(message_id: str) -> str:
+    """Return the id, or its digest if it is too long for an index of PostgreSQL."""
+    return message_id if len(message_id) <= _MAX_ID_CHARACTERS else f"long-id:{digest(message_id)}"
 
 
 def _text(value: object) -> str:

@@ -5,9 +5,9 @@ locks, LISTEN, SET and server-side prepared statements do not survive; so each s
 inside one `transaction()`, and `prepare_threshold=None` keeps the driver from preparing.
 
 Errors of the driver become ours here and nowhere else, by what somebody can do about them: wait
-(`StoreUnavailableError`), change the database (`StoreSchemaError`), or look at the message
-(`psycopg.DataError` and `psycopg.IntegrityError` pass through, the store decides). A text of the server is
-quoted; the URL never is, nor anything that could be a part of its password.
+(`StoreUnavailableError`), change the database (`StoreSchemaError`), or look at the value that it refuses
+(`StoreRefusedError`). A text of the server is quoted; the URL never is, nor anything that could be a part of
+its password.
 
 Rejected: an ORM and a pool. There is one connection, in one thread, and every statement is in `queries.sql`.
 """
@@ -20,13 +20,15 @@ from typing import Any
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from monitor.errors import ConfigError, StoreError, StoreSchemaError, StoreUnavailableError
+from monitor.errors import ConfigError, StoreRefusedError, StoreSchemaError, StoreUnavailableError
 from monitor.settings import DatabaseUrl
 
 # A serverless database needs up to five seconds to wake; the watchdog's default is fifteen.
 _CONNECT_TIMEOUT_SECONDS = 10
 _KEEPALIVE_SECONDS = 5
 _NAME = "-- name: "
+# What the server says about a value, not about itself: a length, a constraint, a trigger's objection.
+_REFUSALS = (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.RaiseException)
 
 Parameters = Mapping[str, object]
 
@@ -44,7 +46,7 @@ _QUERIES = load_queries(Path(__file__).with_name("queries.sql"))
 
 
 class Database:
-    """One connection. Methods raise `StoreError` subclasses, and let data and integrity errors through."""
+    """One connection. Its methods raise subclasses of `StoreError`."""
 
     def __init__(self, connection: psycopg.Connection[tuple[Any, ...]], place: str) -> None:
         self._connection = connection
@@ -109,8 +111,8 @@ class Database:
         """Turn the driver's errors into ours."""
         try:
             yield
-        except (psycopg.DataError, psycopg.IntegrityError):
-            raise
+        except _REFUSALS as error:
+            raise StoreRefusedError(_reason_of(error)) from error
         except psycopg.ProgrammingError as error:
             raise StoreSchemaError(
                 f"database {self.place} refuses a statement ({_first_line(error)});"
@@ -133,7 +135,7 @@ def connect(url: DatabaseUrl | None) -> Database:
     return Database.connect(url)
 
 
-def error_reason(error: psycopg.Error) -> str:
+def _reason_of(error: psycopg.Error) -> str:
     """Return the driver's reason in one line, without the values that it quotes in its detail."""
     return error.diag.message_primary or _first_line(error)
 
@@ -176,6 +178,3 @@ def _reason(error: psycopg.Error, parameters: Mapping[str, Any]) -> str:
 def _first_line(error: psycopg.Error) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0]
-
-
-__all__ = ["Database", "StoreError", "connect", "error_reason", "load_queries"]

@@ -86,6 +86,12 @@ class StoreSchemaError(StoreError):
     label = "store_schema"
 
 
+class StoreRefusedError(StoreError):
+    """PostgreSQL refuses a value for what it is (a constraint, a length); only its message is affected."""
+
+    label = "store_refused"
+
+
 class CursorLostError(StoreError):
     """Another writer holds the cursor row now. This one has written nothing and goes back to standby."""
 

@@ -60,8 +60,10 @@ class MonitorMetrics(Collector):
             self._snapshot = replace(self._snapshot, **changes)  # type: ignore[arg-type]
 
     def show_since(self, totals: Totals) -> None:
-        """Show from now on only what is added to `totals`; call it before the first batch."""
-        self.update(totals=totals, base=totals)
+        """Show from now on what was shown so far and what is added to `totals`; the rest is others' work."""
+        with self._lock:
+            shown = self._snapshot.totals - self._snapshot.base
+            self._snapshot = replace(self._snapshot, totals=totals, base=totals - shown)
 
     def count_error(self, label: str) -> None:
         """Count an error of reading or writing."""

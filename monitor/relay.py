@@ -174,7 +174,7 @@ class Relay:
             "Drop monitor started (epoch %d, source %s, database %s)", held.epoch, held.source, database.place
         )
         self._notifier.status(f"writing, epoch {held.epoch}, database {database.place}")
-        if os.environ.get("WA_GENERATION"):
+        if self._owner.generation and not seen.owner.is_same_process(self._owner):
             self._metrics.show_since(seen.totals)
         else:
             self._metrics.update(totals=seen.totals)

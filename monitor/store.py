@@ -27,13 +27,12 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from typing import Literal
 
-import psycopg
 from psycopg.types.json import Jsonb
 
 from monitor import cursor
 from monitor.cursor import Claim
-from monitor.database import Database, error_reason
-from monitor.errors import StoreUnavailableError
+from monitor.database import Database
+from monitor.errors import StoreRefusedError, StoreUnavailableError
 from monitor.identity import Known, Lid, Phone, Sender
 from monitor.judgement import PENDING_NAME, UNKNOWN_NAME, Judgement, judge
 from monitor.messages import Message, Place, Unreadable
@@ -145,7 +144,11 @@ class Store:
             totals = self._lock(start)
             fresh = self._not_in_ledger(decided)
             stored, dead = self._store_drops([one for one in fresh if one.drops], known)
-            dead |= {one.id: one.message.reason for one in fresh if isinstance(one.message, Unreadable)}
+            dead |= {
+                one.id: one.message.reason
+                for one in fresh
+                if isinstance(one.message, Unreadable) and one.outcome == "dead_letter"
+            }
             self._record(fresh, dead)
             totals += _count(fresh, stored)
             self._move(end, totals)
@@ -166,7 +169,8 @@ class Store:
         """Fill in the phones of senders that were pending; return what was done and the totals after it."""
         with self._database.transaction():
             totals = self._lock(None)
-            completed = [self._complete(drop, phone, known) for drop, phone in found]
+            done = [self._complete(drop, phone, known) for drop, phone in found]
+            completed = [one for one in done if one is not None]
             totals += Totals(resolved=len(completed))
             self._database.run("set_totals", {**self._held.key, "totals": Jsonb(totals.to_json())})
         return completed, totals
@@ -225,9 +229,9 @@ class Store:
         try:
             with self._database.transaction():
                 return self._write_drops(decided, known), {}
-        except (psycopg.DataError, psycopg.IntegrityError) as error:
+        except StoreRefusedError as error:
             if len(decided) == 1:
-                return [], {decided[0].id: error_reason(error)}
+                return [], {decided[0].id: str(error)}
         stored: list[StoredDrop] = []
         dead: dict[_MessageId, str] = {}
         for one in decided:
@@ -350,8 +354,11 @@ class Store:
                 },
             )
 
-    def _complete(self, drop: PendingDrop, phone: Phone, known: Known) -> Completed:
-        """Give one row its sender, note it in the event, and take it off the waiting list."""
+    def _complete(self, drop: PendingDrop, phone: Phone, known: Known) -> Completed | None:
+        """Give one row its sender, note it in the event, and take it off the waiting list.
+
+        None if the table refuses the value: the drop goes on waiting, and holds up no other.
+        """
         event = {
             "source": self._held.source,
             "chat_jid": drop.chat_jid,
@@ -362,9 +369,13 @@ class Store:
             "placeholders": [PENDING_NAME, UNKNOWN_NAME],
             "tree": self._held.owner.tree,
         }
-        rows = self._database.rows("complete_review", event)
-        self._database.run("complete_event", event)
-        self._database.run("delete_pending", event)
+        try:
+            with self._database.transaction():
+                rows = self._database.rows("complete_review", event)
+                self._database.run("complete_event", event)
+                self._database.run("delete_pending", event)
+        except StoreRefusedError:
+            return None
         judgement = judge(*rows[0], lids=known.phone_of, phones=known.lid_of) if rows else None
         return Completed(drop, phone, judgement)
 

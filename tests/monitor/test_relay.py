@@ -397,6 +397,56 @@ def test_drop_that_a_constraint_refuses_becomes_a_dead_letter_alone(
     assert rows("SELECT project FROM wa_monitor.dead_letter") == [("Northfield",)]
 
 
+def test_drop_that_a_trigger_objects_to_becomes_a_dead_letter_alone(
+    bridge: SyntheticBridge, relay_once: RelayOnce, rows: Rows
+) -> None:
+    relay_once()
+    rows(
+        "CREATE FUNCTION object() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " IF NEW.drop_number = 'DR1000001' THEN RAISE 'not this one'; END IF; RETURN NEW; END $$"
+    )
+    rows("CREATE TRIGGER objection BEFORE INSERT ON qa_photo_reviews FOR EACH ROW EXECUTE FUNCTION object()")
+    _post(bridge, PHONE, "DR1000001")
+    _post(bridge, PHONE, "DR1000002")
+    relay_once()
+    assert [row[0] for row in rows(SENDERS)] == ["DR1000002"]
+    assert rows("SELECT reason FROM wa_monitor.dead_letter") == [("not this one",)]
+
+
+def test_unreadable_message_of_a_foreign_group_is_no_dead_letter(
+    bridge: SyntheticBridge, relay_once: RelayOnce, rows: Rows
+) -> None:
+    _post(bridge, PHONE, "DR1000001\0", chat_jid="120363000000000009@g.us")
+    _post(bridge, PHONE, "DR1000001\0", chat_jid=WESTMOOR)
+    relay_once()
+    assert rows("SELECT count(*) FROM wa_monitor.dead_letter") == [(0,)]
+    assert _outcomes(rows) == {"other_chat": 1, "disabled_project": 1}
+
+
+def test_message_ids_and_chats_of_any_length_are_dealt_with(
+    bridge: SyntheticBridge, relay_once: RelayOnce, rows: Rows
+) -> None:
+    _post(bridge, PHONE, "DR1000001", message_id="F" * 9000)
+    _post(bridge, PHONE, "DR1000002", chat_jid="9" * 9000)
+    _post(bridge, PHONE, "DR1000003")
+    relay_once()
+    assert [row[0] for row in rows(SENDERS)] == ["DR1000001", "DR1000003"]
+
+
+def test_sender_that_the_table_refuses_goes_on_waiting_and_holds_up_no_other(
+    bridge: SyntheticBridge, relay_once: RelayOnce, rows: Rows
+) -> None:
+    _post(bridge, LATE_LID, "DR1000001")
+    _post(bridge, LID, "DR1000002")
+    relay_once()
+    rows("ALTER TABLE qa_photo_reviews ADD CHECK (submitted_by <> %s)".replace("%s", f"'{OTHER_PHONE}'"))
+    bridge.map_lid(LATE_LID, OTHER_PHONE)
+    bridge.map_lid(LID, PHONE)
+    relay_once()
+    assert [row[1] for row in rows(SENDERS)] == [None, PHONE]
+    assert rows("SELECT drop_number FROM wa_monitor.pending") == [("DR1000001",)]
+
+
 # errors that are not the message's
 
 

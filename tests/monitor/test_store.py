@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import threading
+from collections import Counter
 from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -21,10 +22,12 @@ from monitor.embedded import EmbeddedPostgres
 from monitor.errors import ConfigError, CursorLostError, StoreError, StoreUnavailableError
 from monitor.identity import Known, Phone, parse_jid
 from monitor.messages import Place
+from monitor.metrics import MonitorMetrics
 from monitor.projects import load_projects
 from monitor.schema import prepare
 from monitor.settings import DatabaseUrl
 from monitor.store import Store
+from monitor.totals import Totals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -307,6 +310,25 @@ def test_fault_in_the_decision_is_seen_in_the_rows_and_asks_the_supervisor_once(
     assert values["wa_monitor_drops_stored_total", "Northfield", "lid", "new"] == 2
     assert values["wa_monitor_drops_stored_total", "Northfield", "phone", "new"] == 1
     assert values["wa_monitor_lid_rows", "Northfield"] == 2
+
+
+# what each process shows of the totals
+
+
+def test_process_under_a_supervisor_shows_only_what_it_added() -> None:
+    def shown(metrics: MonitorMetrics) -> float:
+        (family,) = [found for found in metrics.collect() if found.name == "wa_monitor_messages"]
+        return {sample.labels["project"]: sample.value for sample in family.samples}.get("Northfield", 0)
+
+    metrics = MonitorMetrics()
+    metrics.show_since(Totals(messages=Counter(Northfield=100)))
+    assert shown(metrics) == 0
+    metrics.update(totals=Totals(messages=Counter(Northfield=107)))
+    assert shown(metrics) == 7
+    metrics.show_since(Totals(messages=Counter(Northfield=150)))  # another process added 43 meanwhile
+    assert shown(metrics) == 7
+    metrics.update(totals=Totals(messages=Counter(Northfield=151)))
+    assert shown(metrics) == 8
 
 
 # database URLs
