@@ -329,7 +329,9 @@ class _Step:
             self._launch(event.tree, event.trigger)
 
     def tree_unchanged(self, event: TreeUnchanged) -> None:
-        self._supersede(event.tree)
+        live = self.state.live
+        if live is not None and live.tree == event.tree:  # It may have ended since somebody looked.
+            self._supersede(event.tree)
 
     def imported(self, event: Imported) -> None:
         candidate = self._candidate(event.number)

@@ -1,0 +1,312 @@
+"""A single generation, without a supervisor around it: pinned imports and what it says of itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from supervisor import launch, verify
+from supervisor.blobs import BlobStore
+from supervisor.child import attest
+from supervisor.launch import Child, LaunchRequest
+from supervisor.manifest import Manifest, Tree, scan
+from supervisor.settings import Target
+
+DEADLINE_MILLISECONDS = 15_000
+
+
+class Generation:
+    """A launched child, and its frames as they come."""
+
+    def __init__(self, tree: Path, target: Target, state: Path, environment: Mapping[str, str]) -> None:
+        blobs = BlobStore(state)
+        self.manifest: Manifest = scan(Tree((str(tree),)), None, blobs.put).manifest
+        request = LaunchRequest(
+            generation=1,
+            tree=self.manifest.digest,
+            manifest=blobs.put_manifest(self.manifest),
+            blobs=blobs.blobs,
+            target=target,
+            environment=os.environ | dict(environment),
+        )
+        self.child: Child = launch.launch(request)
+        self._frames: list[dict[str, Any]] = []
+
+    def frame(self, kind: str) -> dict[str, Any]:
+        """Wait for the next frame of a kind."""
+        poll = select.poll()
+        poll.register(self.child.channel, select.POLLIN)
+        while True:
+            for frame in self._frames:
+                if frame["type"] == kind:
+                    self._frames.remove(frame)
+                    return frame
+            assert poll.poll(DEADLINE_MILLISECONDS), f"no frame {kind}"
+            self._frames += self.child.receive()
+
+    def go(self) -> None:
+        self.frame("imported")
+        self.child.send({"type": "go"})
+
+    def attest(self, nonce: str = "n") -> verify.Attestation:
+        self.child.send({"type": "attest", "nonce": nonce})
+        return verify.parse(self.frame("attestation"))
+
+
+@pytest.fixture
+def generation(
+    tmp_path: Path, tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Generation]]:
+    """Launch ``tree/main.py``, or what else is given."""
+    started: list[Generation] = []
+    monkeypatch.chdir(tree)
+
+    def start(target: Target | None = None, folder: Path = tree, **environment: str) -> Generation:
+        chosen = target or Target("script", "main.py")
+        started.append(Generation(folder, chosen, tmp_path / "state", environment))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.child.kill_group()
+        launch.reap(one.child)
+
+
+@pytest.fixture
+def fifo(tmp_path: Path) -> Path:
+    """A pipe that the application waits on, and one that it answers on."""
+    os.mkfifo(tmp_path / "step")
+    os.mkfifo(tmp_path / "said")
+    return tmp_path
+
+
+STEPPED = """\
+import json, os, sys
+import first
+
+def say(value):
+    with open(os.environ["WA_STEP"] + "/said", "w") as pipe:
+        json.dump(value, pipe)
+
+while True:
+    with open(os.environ["WA_STEP"] + "/step") as pipe:
+        code = pipe.read()
+    result = {}
+    try:
+        exec(code, {"result": result})
+    except BaseException as error:
+        import traceback
+        result["error"] = repr(error)
+        result["traceback"] = "".join(traceback.format_exception(error))
+    say(result)
+"""
+
+
+def tell(fifo: Path, code: str) -> dict[str, Any]:
+    """Have the application run ``code`` and return what it put into ``result``."""
+    (fifo / "step").write_text(code, encoding="utf-8")
+    answer: dict[str, Any] = json.loads((fifo / "said").read_text(encoding="utf-8"))
+    return answer
+
+
+@pytest.fixture
+def stepped(tree: Path, fifo: Path, generation: Callable[..., Generation]) -> Generation:
+    """A running script that does what :func:`tell` tells it."""
+    (tree / "main.py").write_text(STEPPED, encoding="utf-8")
+    (tree / "first.py").write_text("VALUE = 1\n", encoding="utf-8")
+    (tree / "later.py").write_text(
+        "VALUE = 'pinned'\ndef fail():\n    return 1 / 0  # pinned line\n", encoding="utf-8"
+    )
+    (tree / "pack").mkdir()
+    (tree / "pack" / "__init__.py").touch()
+    (tree / "pack" / "inner.py").write_text("from . import other\nVALUE = other.VALUE\n", encoding="utf-8")
+    (tree / "pack" / "other.py").write_text("VALUE = 'other'\n", encoding="utf-8")
+    (tree / "pack" / "data.txt").write_text("data", encoding="utf-8")
+    (tree / "space" / "deep").mkdir(parents=True)
+    (tree / "space" / "deep" / "leaf.py").write_text("VALUE = 'leaf'\n", encoding="utf-8")
+    one = generation(WA_STEP=str(fifo))
+    one.go()
+    return one
+
+
+@pytest.mark.parametrize("how", ["changed", "broken", "deleted"])
+def test_lazy_import_gets_the_pinned_version(stepped: Generation, tree: Path, fifo: Path, how: str) -> None:
+    later = tree / "later.py"
+    if how == "deleted":
+        later.unlink()
+    else:
+        later.write_text("VALUE = 'new'\n" if how == "changed" else "VALUE = =\n", encoding="utf-8")
+    assert tell(fifo, "import later; result['value'] = later.VALUE") == {"value": "pinned"}
+    executed = {module.name: module.sha256 for module in stepped.attest().modules}
+    assert executed["later"] == stepped.manifest.sources["later.py"]
+
+
+def test_file_made_after_the_start_is_not_part_of_the_generation(
+    stepped: Generation, tree: Path, fifo: Path
+) -> None:
+    (tree / "newer.py").write_text("VALUE = 1\n", encoding="utf-8")
+    assert "No module named 'newer'" in tell(fifo, "import newer")["error"]
+    assert stepped.attest().modules
+
+
+def test_traceback_and_inspect_show_the_pinned_source(stepped: Generation, tree: Path, fifo: Path) -> None:
+    tell(fifo, "import later")
+    (tree / "later.py").write_text("# another\n# text\n# stands here\n", encoding="utf-8")
+    assert "# pinned line" in tell(fifo, "import later; later.fail()")["traceback"]
+    assert (
+        "# pinned line"
+        in tell(fifo, "import inspect, later; result['x'] = inspect.getsource(later.fail)")["x"]
+    )
+    assert stepped.attest("again").nonce == "again"
+
+
+def test_packages_namespaces_resources_and_reload_work(stepped: Generation, fifo: Path) -> None:
+    code = """
+import importlib, importlib.resources, pkgutil, pickle, sys
+import pack.inner, space.deep.leaf
+result["inner"] = pack.inner.VALUE
+result["leaf"] = space.deep.leaf.VALUE
+result["data"] = importlib.resources.files("pack").joinpath("data.txt").read_text()
+result["listed"] = [m.name for m in pkgutil.iter_modules(pack.__path__)]
+result["again"] = importlib.reload(pack.other).VALUE
+result["file"] = pack.inner.__file__.endswith("pack/inner.py")
+"""
+    assert tell(fifo, code) == {
+        "inner": "other", "leaf": "leaf",
+        "data": "data", "listed": ["inner", "other"], "again": "other", "file": True,
+    }  # fmt: skip
+    assert not [module for module in stepped.attest().modules if module.sha256 is None]
+
+
+def test_module_loaded_around_the_pins_is_reported(stepped: Generation, tree: Path, fifo: Path) -> None:
+    (tree / "planted.py").write_text("VALUE = 1\n", encoding="utf-8")
+    tell(
+        fifo,
+        "import importlib.util, sys\n"
+        f"spec = importlib.util.spec_from_file_location('planted', {str(tree / 'planted.py')!r})\n"
+        "sys.modules['planted'] = module = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(module)",
+    )
+    attestation = stepped.attest()
+    assert [(module.name, module.sha256) for module in attestation.modules if module.sha256 is None] == [
+        ("planted", None)
+    ]
+    verdict = verify.compare(stepped.manifest, stepped.manifest, attestation)
+    assert verdict.problem == "module planted (planted.py) was loaded around the pinned imports"
+
+
+def test_stale_and_planted_bytecode_is_never_read(
+    tree: Path, fifo: Path, generation: Callable[..., Generation]
+) -> None:
+    import py_compile  # noqa: PLC0415
+
+    (tree / "main.py").write_text(STEPPED, encoding="utf-8")
+    first = tree / "first.py"
+    first.write_text("VALUE = 'old'\n", encoding="utf-8")
+    py_compile.compile(str(first), invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+    first.write_text("VALUE = 'new'\n", encoding="utf-8")
+    one = generation(WA_STEP=str(fifo))
+    one.go()
+    assert tell(fifo, "import first; result['value'] = first.VALUE") == {"value": "new"}
+
+
+def test_damaged_blob_is_not_executed(stepped: Generation, tmp_path: Path, fifo: Path) -> None:
+    blob = tmp_path / "state" / "blobs" / stepped.manifest.sources["later.py"]
+    blob.write_bytes(b"VALUE = 'tampered'\n")
+    assert "pinned source of later.py is damaged" in tell(fifo, "import later")["error"]
+
+
+def test_application_sees_nothing_of_us(stepped: Generation, fifo: Path) -> None:
+    code = """
+import os, sys, threading
+names = {name.partition(".")[0] for name in sys.modules}
+result["names"] = sorted(n for n in names if "supervisor" in n or n in {"child", "bootstrap", "program"})
+result["threads"] = [thread.name for thread in threading.enumerate()]
+result["main"] = sys.modules["__main__"].__name__
+numbers = [fd for fd in map(int, os.listdir("/proc/self/fd")) if fd > 2]
+numbers = [fd for fd in numbers if os.path.exists(f"/proc/self/fd/{fd}")]
+result["inherited"] = [fd for fd in numbers if os.get_inheritable(fd)]
+"""
+    assert tell(fifo, code) == {
+        "names": ["_wa_supervisor_child"],
+        "threads": ["MainThread"],
+        "main": "__main__",
+        "inherited": [],
+    }
+    assert stepped.child.pid == os.getsid(stepped.child.pid) == os.getpgid(stepped.child.pid)
+
+
+def test_error_of_the_application_reaches_us_with_its_text_and_not_our_frames(
+    tree: Path, generation: Callable[..., Generation], capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tree / "main.py").write_text(
+        "def work():\n    raise RuntimeError('out of tape')\nwork()\n", encoding="utf-8"
+    )
+    one = generation()
+    one.go()
+    failed = one.frame("failed")
+    assert (failed["error"], failed["importing"]) == ("RuntimeError: out of tape", False)
+    os.waitid(os.P_PID, one.child.pid, os.WEXITED | os.WNOWAIT)
+    printed = capfd.readouterr().err
+    assert printed.startswith(f'Traceback (most recent call last):\n  File "{tree / "main.py"}", line 3')
+
+
+@pytest.mark.parametrize(
+    ("body", "how"),
+    [
+        ("", "exit status 0"),
+        ("import sys; sys.exit(7)", "exit status 7"),
+        ("import os; os.abort()", "signal SIGABRT"),
+    ],
+)
+def test_exit_status_is_the_applications(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, how: str
+) -> None:
+    monkeypatch.chdir(tree)
+    (tree / "main.py").write_text(body, encoding="utf-8")
+    one = Generation(tree, Target("script", "main.py"), tmp_path / "state", {})
+    one.go()
+    os.waitid(os.P_PID, one.child.pid, os.WEXITED | os.WNOWAIT)
+    assert one.child.ended
+    assert launch.reap(one.child) == how
+
+
+def test_package_watched_by_its_own_folder_is_pinned(
+    tmp_path: Path,
+    fifo: Path,
+    generation: Callable[..., Generation],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    package = tmp_path / "work" / "service"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("VALUE = 1\n", encoding="utf-8")
+    (package / "entry.py").write_text(
+        STEPPED.replace("import first", "import service") + "\n", encoding="utf-8"
+    )
+    monkeypatch.chdir(package.parent)
+    one = generation(Target("module", "service.entry"), package, WA_STEP=str(fifo))
+    one.go()
+    assert tell(fifo, "import pkgutil; result['names'] = [m.name for m in pkgutil.iter_modules(['.'])]") == {
+        "names": ["service"]
+    }
+    assert {module.name for module in one.attest().modules} == {"service", "__main__"}
+    assert all(module.sha256 for module in one.attest().modules)
+
+
+@pytest.mark.parametrize(
+    ("source", "line"),
+    [
+        (b"", 0),
+        (b"import a\nx = 1\n", 1),
+        (b"try:\n    import a\nexcept ImportError:\n    from b import (\n        c,\n    )\nrun()\n", 6),
+        (b"def f():\n    import late\nclass C:\n    import late\nif x:\n    import y\n", 6),
+    ],
+)
+def test_last_import_line(source: bytes, line: int) -> None:
+    assert attest.last_import_line(source) == line

@@ -1,0 +1,357 @@
+"""Decisions about generations, under a clock that only the tests move."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from supervisor.lifecycle import (
+    Action,
+    Attest,
+    Attested,
+    Beat,
+    Event,
+    Exited,
+    Go,
+    Imported,
+    Kill,
+    Launch,
+    Policy,
+    Ready,
+    Report,
+    Restarting,
+    Stage,
+    State,
+    StopRequested,
+    Terminate,
+    Tick,
+    TreeReady,
+    TreeUnchanged,
+    step,
+)
+
+REPLACE = Policy(overlap=False, notify=False, watchdog_seconds=0)
+OVERLAP = Policy(overlap=True, notify=True)
+
+
+class Run:
+    """A state and its clock; ``happens`` feeds an event and returns the actions."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.state = State()
+        self.now = 100.0
+
+    def happens(self, event: Event, after: float = 0.0) -> list[Action]:
+        self.now += after
+        self.state, actions = step(self.policy, self.state, event, self.now)
+        return list(actions)
+
+    def goes_live(self, tree: str, trigger: str = "watch") -> int:
+        """Take a tree all the way; return the number of its generation."""
+        (launch,) = (a for a in self.happens(TreeReady(tree, trigger)) if isinstance(a, Launch))
+        number = launch.generation.number
+        self.happens(Imported(number))
+        self.happens(Attested(number, None))
+        for old in self.state.draining:
+            self.happens(Exited(old.number, "exit status 0"))
+        if self.policy.notify:
+            self.happens(Ready(number))
+        self.happens(Attested(number, None))
+        assert self.state.live is not None
+        assert self.state.live.number == number
+        return number
+
+
+def reports(actions: Sequence[Action]) -> list[tuple[str, str | None]]:
+    return [(action.outcome, action.reason) for action in actions if isinstance(action, Report)]
+
+
+def launched(actions: Sequence[Action]) -> list[str]:
+    return [action.generation.tree for action in actions if isinstance(action, Launch)]
+
+
+def test_first_start_goes_through_every_gate() -> None:
+    run = Run(OVERLAP)
+    assert launched(run.happens(TreeReady("a", "start"))) == ["a"]
+    assert run.happens(Imported(1)) == [Attest(1)]
+    assert run.happens(Attested(1, None)) == [Go(1)]
+    assert run.happens(Ready(1)) == [Attest(1)]
+    assert reports(run.happens(Attested(1, None))) == [("live", None)]
+    assert run.state.good == "a"
+
+
+def test_simple_service_is_live_once_it_is_attested_at_work() -> None:
+    run = Run(REPLACE)
+    run.happens(TreeReady("a", "start"))
+    run.happens(Imported(1))
+    assert run.happens(Attested(1, None)) == [Go(1), Attest(1)]
+    again = run.happens(Attested(1, None, importing=True))
+    assert [type(action) for action in again] == [Attest]
+    assert reports(run.happens(Attested(1, None))) == [("live", None)]
+
+
+def test_overlap_stops_the_old_one_after_the_new_one_is_live() -> None:
+    run = Run(OVERLAP)
+    old = run.goes_live("a")
+    run.happens(TreeReady("b", "watch"))
+    run.happens(Imported(2))
+    assert run.happens(Attested(2, None)) == [Go(2)]
+    run.happens(Ready(2))
+    assert run.happens(Attested(2, None)) == [Report(2, "live"), Terminate(old)]
+
+
+def test_replace_lets_the_new_one_go_when_the_old_one_is_gone() -> None:
+    run = Run(REPLACE)
+    old = run.goes_live("a")
+    run.happens(TreeReady("b", "watch"))
+    run.happens(Imported(2))
+    assert run.happens(Attested(2, None)) == [Terminate(old)]
+    assert run.happens(Tick(), after=REPLACE.ready_timeout_seconds + 1)[:1] == [Kill(old)]
+    assert run.happens(Exited(old, "signal SIGKILL")) == [Go(2), Attest(2)]
+
+
+@pytest.mark.parametrize(
+    ("events", "reason"),
+    [
+        ([Exited(2, "exit status 1", "ImportError: x", importing=True)], "import"),
+        ([Imported(2), Attested(2, "module x runs other bytes")], "attestation"),
+        ([Imported(2), Attested(2, None), Ready(2), Attested(2, "patched")], "attestation"),
+        ([Imported(2), Attested(2, None), Exited(2, "exit status 1")], "crash"),
+        ([Imported(2), Attested(2, None), Exited(2, "x", "ImportError", importing=True)], "import"),
+    ],
+)
+def test_failed_candidate_costs_the_live_one_nothing_in_overlap(events: list[Event], reason: str) -> None:
+    run = Run(OVERLAP)
+    old = run.goes_live("a")
+    run.happens(TreeReady("b", "watch"))
+    actions = [action for event in events for action in run.happens(event)]
+    assert reports(actions) == [("rejected", reason)]
+    assert Terminate(old) not in actions
+    assert run.state.live is not None
+    assert run.state.live.number == old
+    assert run.state.candidate is None
+
+
+def test_candidate_that_is_never_ready_is_rejected_at_its_deadline() -> None:
+    run = Run(OVERLAP)
+    run.goes_live("a")
+    run.happens(TreeReady("b", "watch"))
+    run.happens(Imported(2))
+    run.happens(Attested(2, None))
+    run.happens(Beat(1), after=14)
+    run.happens(Beat(1), after=14)
+    actions = run.happens(Tick(), after=3)
+    assert reports(actions) == [("rejected", "readiness")]
+    assert Terminate(2) in actions
+
+
+def test_failure_after_the_old_one_stopped_brings_the_good_tree_back() -> None:
+    run = Run(REPLACE)
+    old = run.goes_live("a")
+    run.happens(TreeReady("b", "watch"))
+    run.happens(Imported(2))
+    run.happens(Attested(2, None))
+    run.happens(Exited(old, "exit status 0"))
+    actions = run.happens(Exited(2, "exit status 1", "ImportError", importing=True))
+    assert reports(actions) == [("rolled_back", "import")]
+    assert launched(actions) == ["a"]
+
+
+def test_newer_tree_supersedes_a_candidate_and_the_same_one_does_not() -> None:
+    run = Run(OVERLAP)
+    run.goes_live("a")
+    run.happens(TreeReady("b", "watch"))
+    assert run.happens(TreeReady("b", "cli")) == []
+    actions = run.happens(TreeReady("c", "watch"))
+    assert reports(actions) == [("superseded", None)]
+    assert Kill(2) in actions
+    assert launched(actions) == ["c"]
+    assert reports(run.happens(TreeUnchanged("a"))) == [("superseded", None)]
+    assert run.state.candidate is None
+
+
+def test_backoff_doubles_up_to_the_cap_and_is_reset_by_a_healthy_spell() -> None:
+    run = Run(REPLACE)
+    number = run.goes_live("a")
+    waits = []
+    for _ in range(10):
+        (restarting,) = run.happens(Exited(number, "signal SIGSEGV"), after=1)
+        assert isinstance(restarting, Restarting)
+        waits.append(restarting.wait_seconds)
+        (launch,) = run.happens(Tick(), after=restarting.wait_seconds)
+        assert isinstance(launch, Launch)
+        number = launch.generation.number
+        run.happens(Imported(number))
+        run.happens(Attested(number, None))
+        run.happens(Attested(number, None))
+    assert waits == [0.25, 0.5, 1, 2, 4, 8, 16, 30, 30, 30]
+    (restarting,) = run.happens(Exited(number, "exit status 0"), after=REPLACE.healthy_seconds)
+    assert isinstance(restarting, Restarting)
+    assert restarting.wait_seconds == 0.25
+
+
+def test_tree_that_fails_before_anything_was_good_is_tried_again() -> None:
+    run = Run(REPLACE)
+    run.happens(TreeReady("a", "start"))
+    assert reports(run.happens(Exited(1, "exit status 1", "ImportError", importing=True))) == [
+        ("rejected", "import")
+    ]
+    assert launched(run.happens(Tick(), after=1)) == ["a"]
+
+
+def test_silent_live_child_is_killed_as_hung_and_a_beat_prevents_it() -> None:
+    run = Run(OVERLAP)
+    number = run.goes_live("a")
+    run.happens(Beat(number), after=10)
+    assert run.happens(Tick(), after=10) == []
+    assert run.happens(Tick(), after=5) == [Kill(number)]
+    (restarting,) = run.happens(Exited(number, "signal SIGKILL"))
+    assert isinstance(restarting, Restarting)
+    assert restarting.cause == "hang"
+
+
+def test_mismatch_of_the_live_child_replaces_it_once() -> None:
+    run = Run(REPLACE)
+    number = run.goes_live("a")
+    restarting, launch = run.happens(Attested(number, "module x runs other bytes"))
+    assert isinstance(restarting, Restarting)
+    assert restarting.cause == "mismatch"
+    assert isinstance(launch, Launch)
+    run.happens(Imported(2))
+    run.happens(Attested(2, None))
+    run.happens(Exited(number, "exit status 0"))
+    run.happens(Attested(2, None))
+    assert run.happens(Attested(2, "module x runs other bytes")) == []
+
+
+def test_more_time_asked_for_by_a_candidate_is_granted() -> None:
+    run = Run(OVERLAP)
+    run.happens(TreeReady("a", "start"))
+    run.happens(Beat(1, extend_seconds=100))
+    assert run.happens(Tick(), after=31) == []
+
+
+def test_stop_beats_everything_and_ends_when_all_are_gone() -> None:
+    run = Run(OVERLAP)
+    old = run.goes_live("a")
+    run.happens(TreeReady("b", "watch"))
+    actions = run.happens(StopRequested())
+    assert reports(actions) == [("superseded", None)]
+    assert Terminate(old) in actions
+    assert Kill(2) in actions
+    assert run.happens(TreeReady("c", "watch")) == []
+    run.happens(Exited(2, "signal SIGKILL"))
+    assert not run.state.finished
+    assert run.happens(Tick(), after=OVERLAP.stop_timeout_seconds) == [Kill(old)]
+    run.happens(Exited(old, "signal SIGKILL"))
+    assert run.state.finished
+
+
+class AnythingCanHappen(RuleBasedStateMachine):
+    """Every event at any time, about any generation; the promises hold in every state."""
+
+    policy = OVERLAP
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.run = Run(self.policy)
+        self.alive: set[int] = set()
+        self.gone_through: set[int] = set()
+        self.proven: set[int] = set()
+        self.reported: dict[int, int] = {}
+        self.stopped = False
+
+    def happens(self, event: Event, after: float = 0.0) -> None:
+        for action in self.run.happens(event, after):
+            match action:
+                case Launch(generation):
+                    assert not self.stopped, "launched after the operator's stop"
+                    self.alive.add(generation.number)
+                case Go(number):
+                    assert number in self.proven, "told to go without an attestation"
+                    assert self.policy.overlap or not self.alive & self.gone_through, "two mains"
+                    self.gone_through.add(number)
+                case Report(number):
+                    self.reported[number] = self.reported.get(number, 0) + 1
+                case _:
+                    pass
+
+    @rule(tree=st.sampled_from("abc"))
+    def tree_changes(self, tree: str) -> None:
+        self.happens(TreeReady(tree, "watch"))
+
+    @rule(tree=st.sampled_from("abc"))
+    def tree_returns(self, tree: str) -> None:
+        live = self.run.state.live
+        self.happens(TreeUnchanged(live.tree if live else tree))
+
+    @rule(data=st.data(), problem=st.sampled_from([None, None, None, "other bytes"]), importing=st.booleans())
+    def attested(self, data: st.DataObject, problem: str | None, *, importing: bool) -> None:
+        number = data.draw(st.sampled_from(sorted(self.alive) or [0]))
+        if problem is None:
+            self.proven.add(number)
+        self.happens(Attested(number, problem, importing=importing))
+
+    @rule(data=st.data(), kind=st.sampled_from([Imported, Ready, Beat]))
+    def speaks(self, data: st.DataObject, kind: Any) -> None:
+        self.happens(kind(data.draw(st.sampled_from(sorted(self.alive) or [0]))))
+
+    @precondition(lambda self: self.alive)
+    @rule(data=st.data(), importing=st.booleans())
+    def ends(self, data: st.DataObject, *, importing: bool) -> None:
+        number = data.draw(st.sampled_from(sorted(self.alive)))
+        self.alive.discard(number)
+        self.happens(Exited(number, "exit status 1", importing=importing))
+
+    @rule(seconds=st.sampled_from([0.1, 1.0, 16.0, 31.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.happens(Tick(), seconds)
+
+    @precondition(lambda self: self.run.now > 130)
+    @rule()
+    def operator_stops(self) -> None:
+        self.stopped = True
+        self.happens(StopRequested())
+
+    @invariant()
+    def processes_are_those_of_the_state(self) -> None:
+        assert {generation.number for generation in self.run.state.all} == self.alive
+
+    @invariant()
+    def live_child_is_proven(self) -> None:
+        live = self.run.state.live
+        assert live is None or (live.stage is Stage.LIVE and live.number in self.proven)
+
+    @invariant()
+    def nothing_waits_for_ever(self) -> None:
+        """Whoever is not live has a deadline of its own, was killed, or waits for somebody who has one."""
+        state = self.run.state
+        candidate = state.candidate
+        if candidate is not None and candidate.deadline is None:
+            assert candidate.stage is Stage.HELD
+            assert state.draining
+        if not state.stopping and state.good is not None:
+            assert state.live or candidate or state.retry, "a good version exists and nothing is to run it"
+
+    @invariant()
+    def every_attempt_has_at_most_one_outcome(self) -> None:
+        assert all(count == 1 for count in self.reported.values())
+
+
+class AnythingCanHappenInReplace(AnythingCanHappen):
+    """The same without two mains at once."""
+
+    policy = REPLACE
+
+
+TestOverlap = AnythingCanHappen.TestCase
+TestReplace = AnythingCanHappenInReplace.TestCase
+TestOverlap.settings = TestReplace.settings = settings(
+    max_examples=150, stateful_step_count=40, deadline=None
+)
