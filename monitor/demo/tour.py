@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 _IDENTITY: Final = Path("monitor", "identity.py")
 _TARGET: Final = "monitor.app:main"
-_OPTIONS: Final = ("--type", "notify", "--handover", "overlap", "--watch", ".")
+_OPTIONS: Final = ("--type", "notify", "--handover", "overlap")
 _SEED: Final = 20251111
 _BACKLOG: Final = 60
 _FIRST_DROP: Final = 1_000_001
