@@ -1,0 +1,483 @@
+"""No stale bytecode outlives a look at the tree: other processes run what is on disk, too.
+
+Each case has a control arm: before the purge plain Python runs the old code, else the case proves nothing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import py_compile
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+
+import pytest
+
+from supervisor import bytecode, compiler
+from supervisor.blobs import BlobStore
+from supervisor.bytecode import BytecodeReport, CompileJob
+from supervisor.manifest import Manifest, Tree, scan
+from tests.supervisor.helpers_edges import folder_for_everybody, run_unprivileged
+
+OLD, NEW = "print('old')\n", "print('new')\n"
+DEADLINE_SECONDS = 30.0
+
+
+def plain_python(*arguments: str, cwd: Path, **environment: str) -> str:
+    """What plain Python prints, or the last line of its error."""
+    assert "PYTHONDONTWRITEBYTECODE" not in os.environ, "void: without bytecode nothing can be stale"
+    child = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return (child.stdout or child.stderr).strip().splitlines()[-1]
+
+
+@dataclass
+class Workshop:
+    """A tree and all that the compile helper needs."""
+
+    root: Path
+    blobs: BlobStore
+    scratch: Path
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def tree(self) -> Tree:
+        return Tree((str(self.root),))
+
+    def manifest(self) -> Manifest:
+        return scan(self.tree, None, self.blobs.put).manifest
+
+    def start(self, before: Manifest | None = None, *, sweep: bool = False) -> CompileJob:
+        return bytecode.start(
+            tree=self.tree,
+            before=before,
+            after=self.manifest(),
+            blobs=self.blobs.blobs,
+            scratch=self.scratch,
+            environment=os.environ | self.environment,
+            sweep=sweep,
+            now=time.monotonic(),
+        )
+
+    def compile(self, before: Manifest | None = None, *, sweep: bool = False) -> BytecodeReport:
+        return finish(self.start(before, sweep=sweep))
+
+    def write(self, name: str, text: str = OLD) -> Path:
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        return path
+
+
+def finish(job: CompileJob) -> BytecodeReport:
+    while (report := job.read()) is None:
+        assert select.select([job], [], [], DEADLINE_SECONDS)[0], "the helper says nothing"
+    return report
+
+
+@pytest.fixture
+def workshop(tmp_path: Path) -> Workshop:
+    for name in ("tree", "run"):
+        (tmp_path / name).mkdir()
+    return Workshop(tmp_path / "tree", BlobStore(tmp_path / "state"), tmp_path / "run")
+
+
+def cached(source: Path, optimization: str = "") -> Path:
+    return Path(importlib.util.cache_from_source(str(source), optimization=optimization))
+
+
+def edit_unseen(source: Path) -> None:
+    """Give a source new code, the size and the modification time that it had."""
+    facts = source.stat()
+    source.write_text(NEW, encoding="utf-8")
+    os.utime(source, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    assert source.stat().st_size == facts.st_size
+
+
+# --- the gauntlet -----------------------------------------------------------------------------------------
+
+IMPORT = ("-c", "import m")
+GONE = "ModuleNotFoundError: No module named 'm'"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way in which plain Python comes to run old code."""
+
+    make_stale: Callable[[Workshop, Path], None]
+    run: tuple[str, ...] = IMPORT
+    afterwards: str = "new"
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+def timestamp(_: Workshop, source: Path) -> None:
+    make_stale_by_time(source)
+
+
+def make_stale_by_time(source: Path) -> None:
+    py_compile.compile(str(source), invalidation_mode=py_compile.PycInvalidationMode.TIMESTAMP)
+    edit_unseen(source)
+
+
+def optimized(_: Workshop, source: Path) -> None:
+    for level in (1, 2):
+        py_compile.compile(
+            str(source), optimize=level, invalidation_mode=py_compile.PycInvalidationMode.TIMESTAMP
+        )
+    edit_unseen(source)
+
+
+def unchecked_hash(_: Workshop, source: Path) -> None:
+    py_compile.compile(str(source), invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+    source.write_text(NEW, encoding="utf-8")
+
+
+def unchecked_hash_under_the_prefix(workshop: Workshop, source: Path) -> None:
+    prefix = workshop.root.parent / "cache"
+    workshop.environment["PYTHONPYCACHEPREFIX"] = str(prefix)
+    target = prefix / str(source.parent)[1:] / cached(source).name
+    mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
+    py_compile.compile(str(source), cfile=str(target), invalidation_mode=mode)
+    source.write_text(NEW, encoding="utf-8")
+
+
+def legacy_beside_a_deleted_source(_: Workshop, source: Path) -> None:
+    py_compile.compile(str(source), cfile=f"{source}c")
+    source.unlink()
+
+
+def orphan_in_the_cache(_: Workshop, source: Path) -> None:
+    py_compile.compile(str(source))
+    source.unlink()
+
+
+def written_while_the_source_was_edited(_: Workshop, source: Path) -> None:
+    """py_compile reads the source and then looks at its time: an edit in between makes a lasting lie."""
+    with pytest.MonkeyPatch.context() as patch:
+        read = SourceFileLoader.get_data
+
+        def read_and_be_overtaken(self: SourceFileLoader, path: str) -> bytes:
+            content = read(self, path)
+            source.write_text(NEW, encoding="utf-8")
+            return content
+
+        patch.setattr(SourceFileLoader, "get_data", read_and_be_overtaken)
+        py_compile.compile(str(source), invalidation_mode=py_compile.PycInvalidationMode.TIMESTAMP)
+
+
+GAUNTLET = {
+    "same size, same mtime": Case(timestamp),
+    "same size, same mtime, python -O": Case(optimized, ("-O", *IMPORT)),
+    "same size, same mtime, python -OO": Case(optimized, ("-OO", *IMPORT)),
+    "unchecked hash": Case(unchecked_hash),
+    "unchecked hash under the prefix": Case(unchecked_hash_under_the_prefix),
+    "legacy pyc of a deleted source": Case(legacy_beside_a_deleted_source, afterwards=GONE),
+    "orphan in the cache": Case(
+        orphan_in_the_cache, (str(cached(Path("m.py"))),), afterwards="[Errno 2] No such file or directory"
+    ),
+    "edited while py_compile read it": Case(written_while_the_source_was_edited),
+}
+
+
+@pytest.mark.parametrize("sweep", [False, True])
+@pytest.mark.parametrize("name", GAUNTLET)
+def test_plain_python_runs_what_is_on_disk(workshop: Workshop, name: str, sweep: bool) -> None:
+    case = GAUNTLET[name]
+    source = workshop.write("m.py")
+    before = workshop.manifest()
+    case.make_stale(workshop, source)
+    if plain_python(*case.run, cwd=workshop.root, **workshop.environment) != "old":
+        pytest.fail("void: plain Python does not run the old code here")
+    report = workshop.compile(before, sweep=sweep)
+    assert report.error is None
+    assert report.purged
+    assert case.afterwards in plain_python(*case.run, cwd=workshop.root, **workshop.environment)
+
+
+@pytest.mark.parametrize("sweep", [False, True])
+def test_folder_left_with_only_a_cache_is_not_importable_any_more(workshop: Workshop, sweep: bool) -> None:
+    source = workshop.write("shells/inner/m.py")
+    before = workshop.manifest()
+    py_compile.compile(str(source))
+    source.unlink()
+    run = ("-c", "import shells.inner; print('old')")
+    if plain_python(*run, cwd=workshop.root) != "old":
+        pytest.fail("void: plain Python does not import what is left")
+    workshop.compile(before, sweep=sweep)
+    assert "No module named 'shells'" in plain_python(*run, cwd=workshop.root)
+    assert list(workshop.root.iterdir()) == []
+
+
+def test_sources_outside_of_the_tree_are_left_as_they_are(workshop: Workshop) -> None:
+    """The control of all of the above: where nobody purges, old code goes on to run."""
+    source = workshop.root.parent / "elsewhere" / "m.py"
+    source.parent.mkdir()
+    source.write_text(OLD, encoding="utf-8")
+    timestamp(workshop, source)
+    workshop.compile(sweep=True)
+    assert plain_python(*IMPORT, cwd=source.parent) == "old"
+
+
+def test_bytecode_that_is_written_never_becomes_stale(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The source is edited between the helper's reading and its writing."""
+    source = workshop.write("m.py")
+    read = SourceFileLoader.get_data
+
+    def read_and_be_overtaken(self: SourceFileLoader, path: str) -> bytes:
+        content = read(self, path)
+        source.write_text(NEW, encoding="utf-8")
+        return content
+
+    monkeypatch.setattr(SourceFileLoader, "get_data", read_and_be_overtaken)
+    helper = compiler.Helper({str(source): str(source)}, [], [], [str(workshop.root)])
+    assert helper.run()["compiled_total"] == 1
+    assert plain_python(*IMPORT, cwd=workshop.root) == "new"
+
+
+# --- what is purged, and what is kept ---------------------------------------------------------------------
+
+
+def test_written_bytecode_is_checked_against_the_source(workshop: Workshop) -> None:
+    source = workshop.write("m.py")
+    assert workshop.compile() == BytecodeReport(None, (), 1, ())
+    header = cached(source).read_bytes()[:16]
+    assert header[4:8] == bytes([0b11, 0, 0, 0])
+    assert header[8:] == importlib.util.source_hash(source.read_bytes())
+    assert workshop.compile(sweep=True).compiled_total == 0, "what is good is not written again"
+
+
+def test_pyc_without_a_source_is_a_module_that_is_shipped_so(workshop: Workshop) -> None:
+    source = workshop.write("shipped.py")
+    py_compile.compile(str(source), cfile=f"{source}c")
+    source.unlink()
+    workshop.write("m.py")
+    assert workshop.compile(sweep=True).purged == ()
+    assert plain_python("-c", "import shipped", cwd=workshop.root) == "old"
+
+
+def test_checked_hash_of_another_interpreter_is_kept(workshop: Workshop) -> None:
+    source = workshop.write("m.py")
+    folder = source.parent / "__pycache__"
+    folder.mkdir()
+    foreign = b"\x01\x02\r\n" + bytes([0b11, 0, 0, 0])
+    (folder / "m.cpython-399.pyc").write_bytes(foreign + b"8 bytes." + b"code")
+    (folder / "m.cpython-398.pyc").write_bytes(foreign[:4] + bytes(4) + b"8 bytes." + b"code")
+    assert workshop.compile().purged == (str(folder / "m.cpython-398.pyc"),)
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 15, os.urandom(64)], ids=["empty", "short", "noise"])
+def test_damaged_bytecode_is_replaced(workshop: Workshop, content: bytes) -> None:
+    source = workshop.write("m.py")
+    cached(source).parent.mkdir()
+    cached(source).write_bytes(content)
+    report = workshop.compile()
+    assert (report.purged, report.compiled_total) == ((str(cached(source)),), 1)
+
+
+def test_module_with_dots_in_its_name_has_its_own_bytecode(workshop: Workshop) -> None:
+    """A loader by path writes ``plug.in.cpython-311.pyc``, which is no bytecode of ``plug.py``."""
+    code = "from importlib.machinery import SourceFileLoader as L; exec(L('x', 'plug.in.py').get_code('x'))"
+    run = ("-c", code)
+    source = workshop.write("plug.in.py")
+    workshop.write("plug.py", "pass")
+    before = workshop.manifest()
+    timestamp(workshop, source)
+    if plain_python(*run, cwd=workshop.root) != "old":
+        pytest.fail("void: plain Python does not run the old code here")
+    workshop.compile(before)
+    assert plain_python(*run, cwd=workshop.root) == "new"
+    assert workshop.compile(sweep=True).purged == ()
+
+
+def test_pipe_in_the_cache_stops_nobody(workshop: Workshop) -> None:
+    source = workshop.write("m.py")
+    cached(source).parent.mkdir()
+    os.mkfifo(cached(source))
+    assert workshop.compile().purged == (str(cached(source)),)
+
+
+def test_folder_in_place_of_bytecode_is_reported(workshop: Workshop) -> None:
+    source = workshop.write("m.py")
+    cached(source).mkdir(parents=True)
+    report = workshop.compile()
+    assert (report.error, set(report.unwritable)) == (None, {str(cached(source))})
+
+
+def test_cache_that_somebody_else_uses_is_left(workshop: Workshop) -> None:
+    source = workshop.write("pack/m.py")
+    before = workshop.manifest()
+    py_compile.compile(str(source))
+    other = source.parent / "__pycache__" / "m.nbi"
+    other.touch()
+    source.unlink()
+    assert workshop.compile(before).unwritable == ()
+    assert other.exists()
+
+
+def test_root_that_was_emptied_stays(workshop: Workshop) -> None:
+    source = workshop.write("m.py")
+    before = workshop.manifest()
+    py_compile.compile(str(source))
+    source.unlink()
+    workshop.compile(before)
+    assert workshop.root.is_dir()
+
+
+def test_nothing_is_touched_when_a_source_is_no_python(workshop: Workshop) -> None:
+    good, bad = workshop.write("good.py"), workshop.write("bad.py", "def")
+    py_compile.compile(str(good))
+    report = workshop.compile(sweep=True)
+    assert (report.purged, report.compiled_total, cached(good).exists()) == ((), 0, True)
+    assert report.error == f"{bad}, line 1: invalid syntax"
+
+
+def test_folder_that_may_not_be_written_is_reported_and_is_no_failure() -> None:
+    imports = "import json, sys\nfrom supervisor.compiler import Helper"
+    code = "print(json.dumps(Helper({sys.argv[1]: sys.argv[1]}, [], [], []).run()))"
+    with folder_for_everybody() as folder:
+        source = folder / "m.py"
+        source.write_text(OLD, encoding="utf-8")
+        make_stale_by_time(source)
+        if plain_python(*IMPORT, cwd=folder) != "old":
+            pytest.fail("void: plain Python does not run the old code here")
+        cached(source).parent.chmod(0o555)
+        report = json.loads(run_unprivileged(imports, code, str(source)))
+        cached(source).parent.chmod(0o755)
+        assert (report["errors"], report["purged"], report["compiled_total"]) == ([], [], 0)
+        assert report["unwritable"] == [str(cached(source))] * 2, "neither removed nor replaced"
+        assert plain_python(*IMPORT, cwd=folder) == "old", "which is why it is reported"
+
+
+# --- the verdict ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"def f(:\n", "line 1: "),
+        (b"x = 1\n  y = 2\n", "line 2: unexpected indent"),
+        (b"x = 1\0\n", "null bytes"),
+        (b"# coding: martian\n", "martian"),
+        (b"\xff\xfe\n", "utf-8"),
+        (b"\xef\xbb\xbf# coding: latin-1\n", "encoding problem"),
+        (b"x = " + b"(" * 500 + b")" * 500, "too many nested parentheses"),
+        (b"x = " + b"-" * 100_000 + b"1", "Error: |memory"),
+        (b"return 1\n", "'return' outside function"),
+    ],
+    ids=["syntax", "indent", "null", "coding", "utf8", "bom", "parentheses", "deep", "return"],
+)
+def test_source_that_is_no_python_is_rejected_with_its_place(
+    workshop: Workshop, content: bytes, message: str
+) -> None:
+    (workshop.root / "m.py").write_bytes(content)
+    error = workshop.compile().error
+    assert error is not None
+    assert error.startswith(f"{workshop.root}/m.py")
+    assert any(part in error for part in message.split("|"))
+
+
+@pytest.mark.parametrize("content", [b"", b"\xef\xbb\xbfx = 1\n", b"# coding: latin-1\nx = '\xe9'\n"])
+def test_unusual_source_that_is_python_is_accepted(workshop: Workshop, content: bytes) -> None:
+    (workshop.root / "m.py").write_bytes(content)
+    assert workshop.compile() == BytecodeReport(None, (), 1, ())
+
+
+def test_several_errors_are_counted(workshop: Workshop) -> None:
+    for name in ("a.py", "b.py", "c.py"):
+        workshop.write(name, "def")
+    assert str(workshop.compile().error).endswith("(and 2 more)")
+
+
+def test_verdict_is_about_the_pinned_bytes(workshop: Workshop) -> None:
+    """The disk is broken by the time the helper runs: the next manifest's matter."""
+    source = workshop.write("m.py")
+    after = workshop.manifest()
+    source.write_text("def", encoding="utf-8")
+    request = {str(source): str(workshop.blobs.blobs / after.sources["m.py"])}
+    report = compiler.Helper(request, [], [], [str(workshop.root)]).run()
+    assert (report["errors"], report["compiled_total"]) == ([], 0)
+
+
+def test_missing_blob_is_an_error_and_no_crash(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    workshop.write("m.py")
+    digest = workshop.manifest().sources["m.py"]
+    monkeypatch.setattr(workshop.blobs, "put", lambda _: digest)
+    (workshop.blobs.blobs / digest).unlink()
+    report = workshop.compile()
+    assert "its pinned bytes" in str(report.error)
+
+
+def test_name_that_is_no_utf8_is_compiled(workshop: Workshop) -> None:
+    (workshop.root / os.fsdecode(b"caf\xe9.py")).write_text(OLD, encoding="utf-8")
+    assert workshop.compile() == BytecodeReport(None, (), 1, ())
+
+
+# --- limits of the helper ---------------------------------------------------------------------------------
+
+
+def test_source_that_takes_too_much_memory_is_rejected(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bytecode, "MEMORY_BYTES", 64 * 1024**2)
+    workshop.write("m.py", "x = [" + "".join(f"'{number}'," for number in range(200_000)) + "]")
+    assert workshop.compile().error == f"{workshop.root}/m.py: compiling it takes more memory than it may"
+
+
+def test_source_that_takes_too_long_is_rejected(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bytecode, "DEADLINE_SECONDS", 1.0)
+    workshop.write(
+        "m.py", "".join(f"def f{n}(a, b):\n    return [a for a in b if a]\n" for n in range(60_000))
+    )
+    assert workshop.compile().error == "compiling the tree took more than 1 s of processor time"
+
+
+def test_helper_that_is_killed_is_a_rejection(workshop: Workshop) -> None:
+    workshop.write("m.py", "".join(f"def f{n}(): pass\n" for n in range(50_000)))
+    job = workshop.start()
+    assert not isinstance(job._process, str)
+    job._process.send_signal(signal.SIGKILL)
+    assert finish(job).error == "the compile helper ended by signal SIGKILL before it was done"
+
+
+def test_cancelled_helper_is_gone_at_once_and_leaves_no_request(workshop: Workshop) -> None:
+    workshop.write("m.py", "".join(f"def f{n}(): pass\n" for n in range(50_000)))
+    job = workshop.start()
+    assert not isinstance(job._process, str)
+    assert list(workshop.scratch.iterdir()) != []
+    job.cancel()
+    assert job._process.returncode == -signal.SIGKILL
+    assert list(workshop.scratch.iterdir()) == []
+
+
+def test_helper_that_cannot_be_started_is_a_rejection(workshop: Workshop) -> None:
+    workshop.write("m.py")
+    workshop.scratch.rmdir()
+    job = workshop.start()
+    assert finish(job).error == "the compile helper could not be started: No such file or directory"
+
+
+def test_helper_imports_nothing_of_the_tree(workshop: Workshop) -> None:
+    for name in ("json.py", "py_compile.py", "sitecustomize.py"):
+        workshop.write(name, "raise SystemExit('imported from the tree')")
+    workshop.environment |= {
+        "PYTHONPATH": str(workshop.root),
+        "PYTHONSTARTUP": "x",
+        "PYTHONWARNINGS": "error",
+    }
+    assert workshop.compile() == BytecodeReport(None, (), 3, ())
