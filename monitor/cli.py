@@ -208,13 +208,15 @@ def _say(console: Console, text: str) -> None:
 def _show_repair(report: Report, *, full_numbers: bool) -> None:
     """Print what a repair did, by project, and what it had to leave."""
     console = Console()
-    title = "would be repaired" if report.dry_run else f"repaired, run {report.run_id}"
-    table = Table("project", "rows", "changed meanwhile", title=f"LIDs {title}")
-    for project in sorted(report.repaired | report.skipped):
-        table.add_row(
-            escape(project) or "(none)", str(report.repaired[project]), str(report.skipped[project])
-        )
-    console.print(table if table.row_count else "No LID that the map can resolve stands in the table.")
+    if report.repaired:
+        what = "would be repaired" if report.dry_run else f"were repaired in run {report.run_id}"
+        _say(console, f"{report.repaired.total()} rows {what}:")
+        table = Table("project", "rows")
+        for project in sorted(report.repaired):
+            table.add_row(escape(project) or "(none)", str(report.repaired[project]))
+        console.print(table)
+    else:
+        _say(console, "No LID that the map can resolve stands in the table.")
     for row in report.unresolved:
         value = row.value if full_numbers else mask_numbers(row.value)
         _say(
@@ -227,13 +229,14 @@ def _show_findings(findings: Findings, *, full_numbers: bool) -> None:
     """Print the findings: first what is wrong, then what waits."""
     console = Console()
     if findings.standing:
-        table = Table("project", "rows", "stored by tree", "since", title="LIDs that stand in the table")
+        _say(console, f"LIDs stand in {sum(one.rows for one in findings.standing)} rows of the table:")
+        table = Table("project", "rows", "stored by tree", "since")
         for one in findings.standing:
             since = _moment(one.since) if one.since else "unknown"
             table.add_row(escape(one.project) or "(none)", str(one.rows), one.tree or "(no record)", since)
         console.print(table)
     else:
-        console.print("No LID stands in the table.")
+        _say(console, "No LID stands in the table.")
     for new in findings.newly_stored:
         _say(
             console,

@@ -225,11 +225,10 @@ ORDER BY id::text
 LIMIT %(limit)s
 
 -- name: repair_review
--- Guarded by what was read: a row that changed meanwhile is left for the next run. Two columns, nothing else.
+-- Two columns of a row that the batch holds locked, nothing else.
 UPDATE public.qa_photo_reviews
 SET submitted_by = %(new_submitted_by)s, user_name = %(new_user_name)s
 WHERE drop_number = %(drop_number)s AND id::text = %(review_id)s
-  AND submitted_by IS NOT DISTINCT FROM %(old_submitted_by)s AND user_name IS NOT DISTINCT FROM %(old_user_name)s
 
 -- name: record_repair
 INSERT INTO wa_monitor.repair (run_id, review_id, drop_number, project, old_submitted_by, new_submitted_by,

@@ -2,8 +2,8 @@
 
 The rule: a row is chosen by its value being in the map's `lid` column, never by its length, so that a
 foreign phone of twelve digits is safe. The two sender columns are all that changes (not even `updated_at`:
-nobody edited the review), guarded by the values that were read, and what stood there before is kept under
-the run's id. One transaction for each batch: an interrupted run has repaired whole batches, and the next run
+nobody edited the review), in rows that the batch has locked, and what stood there before is kept under the
+run's id. One transaction for each batch: an interrupted run has repaired whole batches, and the next run
 does the rest.
 
 Nothing is guessed. What looks like a LID and is not in the map is listed, for a person.
@@ -46,8 +46,6 @@ class Report:
     dry_run: bool
     repaired: Counter[str] = field(default_factory=Counter)
     """Rows by project."""
-    skipped: Counter[str] = field(default_factory=Counter)
-    """Rows by project that changed between reading and writing; the next run sees them again."""
     unresolved: list[Doubtful] = field(default_factory=list)
 
 
@@ -71,8 +69,10 @@ def _batches(database: Database, phones: Mapping[str, str], report: Report) -> I
             if not rows:
                 return
             found = [_repaired(row, phones) for row in rows]
-            done = found if report.dry_run else [row for row in found if _apply(database, row, report)]
-        yield done
+            if not report.dry_run:
+                for row in found:
+                    _apply(database, row, report.run_id)
+        yield found
         after = rows[-1][0]
 
 
@@ -95,14 +95,11 @@ def _resolved(value: str | None, phones: Mapping[str, str]) -> str | None:
     return None if value is None else phones.get(parse_jid(value).user, value)
 
 
-def _apply(database: Database, row: Repaired, report: Report) -> bool:
-    """Change one row and keep its old values; False if it changed since it was read."""
-    parameters = {"run_id": report.run_id, **asdict(row)}
-    if database.run("repair_review", parameters) == 0:
-        report.skipped[row.project] += 1
-        return False
+def _apply(database: Database, row: Repaired, run_id: str) -> None:
+    """Change one row, which the batch has locked, and keep its old values."""
+    parameters = {"run_id": run_id, **asdict(row)}
+    database.run("repair_review", parameters)
     database.run("record_repair", parameters)
-    return True
 
 
 def _new_run_id() -> str:

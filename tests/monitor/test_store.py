@@ -106,6 +106,29 @@ def test_sign_of_life_between_look_and_claim_keeps_the_owner(database: Database)
     assert cursor.claim(database, "bridge", seen, Owner.of_this_process(), 30) is None
 
 
+def test_row_that_a_frozen_owner_holds_locked_is_left_for_the_next_look(
+    database: Database, database_url: str
+) -> None:
+    held = _claim(database, _elsewhere())
+    assert held is not None
+    cursor.release(database, held)
+    seen = cursor.look(database, "bridge")
+    assert seen is not None
+    with psycopg.connect(database_url) as frozen:
+        frozen.execute("SELECT FROM wa_monitor.cursor FOR UPDATE")
+        assert cursor.claim(database, "bridge", seen, Owner.of_this_process(), 30) is None
+    assert cursor.claim(database, "bridge", seen, Owner.of_this_process(), 30) is not None
+
+
+def test_single_pass_beside_a_running_monitor_is_refused_and_names_it(
+    start_monitor: Any, relay_once: Any
+) -> None:
+    monitor = start_monitor()
+    monitor.await_message("writing")
+    with pytest.raises(StoreError, match=f"held by pid {monitor.process.pid} on"):
+        relay_once()
+
+
 def test_former_owner_writes_nothing(database: Database, projects_file: Path, rows: Rows) -> None:
     held = _claim(database, _elsewhere())
     assert held is not None
@@ -269,6 +292,27 @@ def test_bridge_that_comes_back_is_read_on(
     eventually(lambda: _stored(rows) == 1)
 
 
+def test_file_that_is_replaced_under_a_running_monitor_is_read_from_the_beginning(
+    bridge: SyntheticBridge,
+    start_monitor: Any,
+    rows: Rows,
+    eventually: Eventually,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    _post(bridge, 1)
+    monitor = start_monitor()
+    monitor.await_message("writing")
+    eventually(lambda: _stored(rows) == 1)
+    other = SyntheticBridge(tmp_path_factory.mktemp("other"))
+    other.create()
+    _post(other, 2)
+    _post(other, 3)
+    other.messages_db.replace(bridge.messages_db)
+    eventually(lambda: _stored(rows) == 3)
+    assert monitor.stop() == 0
+    assert "reading again" in monitor.output()
+
+
 # the alarm
 
 
@@ -310,6 +354,19 @@ def test_fault_in_the_decision_is_seen_in_the_rows_and_asks_the_supervisor_once(
     assert values["wa_monitor_drops_stored_total", "Northfield", "lid", "new"] == 2
     assert values["wa_monitor_drops_stored_total", "Northfield", "phone", "new"] == 1
     assert values["wa_monitor_lid_rows", "Northfield"] == 2
+
+
+def test_fault_that_completes_a_waiting_row_with_a_lid_is_seen_too(
+    bridge: SyntheticBridge, relay_once: Any, rows: Rows, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    bridge.map_lid(LID, PHONE)
+    _post(bridge, 1, "3000000000013")
+    relay_once()
+    monkeypatch.setattr("monitor.relay.identify", _everything_is_a_phone)
+    bridge.map_lid("3000000000013", "258821234567")
+    relay_once()
+    assert rows("SELECT submitted_by FROM qa_photo_reviews") == [("3000000000013",)]
+    assert "LID stored as a sender: DR1000001" in caplog.text
 
 
 # what each process shows of the totals
