@@ -20,6 +20,7 @@ The main loop calls in; nothing here blocks longer than reading what changed.
 from __future__ import annotations
 
 import os
+import time
 import uuid
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -162,6 +163,7 @@ class Pipeline:
         quiet_seconds: fixed quiet period, None for the adaptive one.
         environment: returns the children's environment, for ``PYTHONPYCACHEPREFIX``.
         finished: called with each reload that ended here: unchanged, superseded or rejected.
+        clock: monotonic seconds, for what takes time while a step is taken.
     """
 
     def __init__(
@@ -174,6 +176,7 @@ class Pipeline:
         quiet_seconds: float | None,
         environment: Mapping[str, str],
         finished: Callable[[Reload], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._tree = tree
         self._blobs = blobs
@@ -182,6 +185,7 @@ class Pipeline:
         self._quiet_seconds = quiet_seconds
         self._environment = environment
         self._finished = finished
+        self._clock = clock
         self._snapshot: Snapshot | None = None
         self._pending: _Pending | None = None
         self._build: _Build | None = None
@@ -308,13 +312,13 @@ class Pipeline:
             )
         except SourceError as error:
             self.problem, self._unreadable = str(error), True
-            self._end(pending.reload, "rejected", now, "import", str(error))
+            self._end(pending.reload, "rejected", "import", str(error))
             return None
         self.scanned_at = now
         if self._unreadable:
             self._unreadable, self._judged, self.problem = False, None, None
         pending.reload.tree = self._snapshot.manifest.digest
-        pending.reload.mark("manifest", now)
+        pending.reload.mark("manifest", self._clock())
         return self._snapshot.manifest
 
     def _decide(
@@ -334,15 +338,15 @@ class Pipeline:
         if under_way is not None and under_way.tree == found.digest:
             under_way.on_finish += reload.on_finish  # Who asked for this one hears how that one ends.
             reload.on_finish = []
-            self._end(reload, "unchanged", now)
+            self._end(reload, "unchanged")
             return False
-        self._supersede_build(reload, now)
+        self._supersede_build(reload)
         if live is not None and found.digest == live.digest:
             self._judged, self.problem = live.digest, None
-            self._end(reload, "unchanged", now)
+            self._end(reload, "unchanged")
             return True
         if reload.trigger in _AUTOMATIC and found.digest == self._judged:
-            self._end(reload, "unchanged", now)
+            self._end(reload, "unchanged")
             return False
         self._start_build(reload, found, now, sweep=pending.whole)
         return False
@@ -371,29 +375,24 @@ class Pipeline:
         self._judged = build.manifest.digest
         if report.error is not None:
             self.problem = report.error
-            self._end(build.reload, "rejected", now, "syntax", report.error)
+            self._end(build.reload, "rejected", "syntax", report.error)
             return None
         self._compiled, self.problem = build.manifest, None
         return Built(build.reload, build.manifest)
 
-    def _supersede_build(self, newer: Reload, now: float) -> None:
+    def _supersede_build(self, newer: Reload) -> None:
         build = self._build
         if build is not None:
             build.job.cancel()
             self._build = None
             newer.on_finish += build.reload.on_finish
             build.reload.on_finish = []
-            self._end(build.reload, "superseded", now, detail=f"by tree {(newer.tree or '')[:12]}")
+            self._end(build.reload, "superseded", detail=f"by tree {(newer.tree or '')[:12]}")
 
     def _end(
-        self,
-        reload: Reload,
-        outcome: Outcome,
-        now: float,
-        reason: Reason | None = None,
-        detail: str | None = None,
+        self, reload: Reload, outcome: Outcome, reason: Reason | None = None, detail: str | None = None
     ) -> None:
-        reload.finish(outcome, now, reason, detail)
+        reload.finish(outcome, self._clock(), reason, detail)
         self._finished(reload)
 
     def rejected(self, tree: str, why: str) -> None:
