@@ -97,3 +97,12 @@ class CursorLostError(StoreError):
 
     label = "cursor_lost"
     retry = True
+
+
+def error_labels(*bases: type[MonitorError]) -> tuple[str, ...]:
+    """Return the labels of these errors and of all that derive from them, each once."""
+    found: dict[str, None] = {}
+    for base in bases:
+        found[base.label] = None
+        found |= dict.fromkeys(error_labels(*base.__subclasses__()))
+    return tuple(found)

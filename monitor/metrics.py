@@ -23,11 +23,12 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from monitor.errors import BridgeError, StoreError, error_labels
 from monitor.judgement import JUDGEMENTS
-from monitor.totals import DropSeries, Totals
+from monitor.totals import KINDS, DropSeries, Totals
 
-KINDS = ("new", "resubmission")
 OTHER_PROJECT = "other"
+_ERROR_LABELS = error_labels(BridgeError, StoreError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,7 @@ class MonitorMetrics(Collector):
             "wa_monitor_store_errors",
             "Failures of reading the bridge or of writing to PostgreSQL",
             "error",
-            now.errors,
+            {**dict.fromkeys(_ERROR_LABELS, 0), **now.errors},
         )
         yield _lid_rows(now.projects, now.lid_rows)
         yield _gauge(

@@ -37,14 +37,12 @@ from monitor.identity import Known, Lid, Phone, Sender
 from monitor.judgement import PENDING_NAME, UNKNOWN_NAME, Judgement, judge
 from monitor.messages import Message, Place, Unreadable
 from monitor.projects import Project, Projects
-from monitor.totals import Totals
+from monitor.totals import Kind, Totals
 
 # The day a drop counts for begins at midnight in South Africa, which has no daylight saving; a fixed offset
 # needs no time zone database on the host.
 BUSINESS_ZONE = timezone(timedelta(hours=2), "SAST")
 
-Kind = Literal["new", "resubmission"]
-KINDS: tuple[Kind, ...] = ("new", "resubmission")
 Outcome = Literal["drops", "no_drop", "own_message", "other_chat", "disabled_project", "dead_letter"]
 _MessageId = tuple[str, str]
 

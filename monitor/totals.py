@@ -7,7 +7,10 @@ says what is true, and the metrics are read from it. As a value it can be added 
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
+
+Kind = Literal["new", "resubmission"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 DropSeries = tuple[str, str, str]
 """Project, judgement, kind: the labels of `wa_monitor_drops_stored_total`."""

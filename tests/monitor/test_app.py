@@ -228,6 +228,8 @@ def test_metrics_are_served_when_asked_for(start_monitor: Any, environment: dict
         text = answer.read().decode()
     assert 'wa_monitor_drops_stored_total{identity="lid",kind="new",project="Northfield"} 0.0' in text
     assert 'wa_monitor_lid_rows{project="Eastvale"}' in text
+    assert 'wa_monitor_store_errors_total{error="store_unavailable"} 0.0' in text
+    assert 'wa_monitor_store_errors_total{error="bridge_map"} 0.0' in text
     assert environment["DATABASE_URL"] not in text
     assert monitor.stop() == 0
 
