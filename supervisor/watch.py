@@ -41,7 +41,7 @@ from watchdog.events import (
     FileSystemEventHandler,
 )
 from watchdog.observers import Observer
-from watchdog.observers.api import ObservedWatch
+from watchdog.observers.api import BaseObserver, ObservedWatch
 
 from supervisor.errors import SourceError
 from supervisor.manifest import EXCLUDED_DIRECTORIES, Tree
@@ -110,7 +110,7 @@ class Watcher:
         self._clock = clock
         self._look_at = 0.0
         self._hints: queue.SimpleQueue[Hint] = queue.SimpleQueue()
-        self._observer = Observer()
+        self._observer: BaseObserver | None = None
         self._overflows = _OverflowCounter(self._overflowed)
         self._watches: dict[_Place, ObservedWatch] = {}
         self._unwatched: frozenset[str] = frozenset()
@@ -119,8 +119,10 @@ class Watcher:
     @property
     def mode(self) -> str:
         """``events`` while they arrive from everywhere, ``partial`` from some places, else ``polling``."""
-        alive = self._observer.is_alive() and all(emitter.is_alive() for emitter in self._observer.emitters)
-        if not alive or not self._watches:
+        observer = self._observer
+        if observer is None or not observer.is_alive() or not self._watches:
+            return "polling"
+        if not all(emitter.is_alive() for emitter in observer.emitters):
             return "polling"
         return "events" if self.problem is None else "partial"
 
@@ -138,16 +140,17 @@ class Watcher:
         """Start to watch. A system that has no watches left is a :attr:`problem`, not an error."""
         logging.getLogger("watchdog").addHandler(self._overflows)
         try:
+            self._observer = Observer()
             self._observer.start()
         except OSError as error:
             self.problem = f"no file events: {error.strerror or error}; changes are found by scanning"
         else:
-            self._look()
+            self._look(self._observer)
 
     def take(self) -> list[Hint]:
         """Return the hints since the last call."""
-        if self._clock() >= self._look_at and self._observer.is_alive():
-            self._look()
+        if self._observer is not None and self._observer.is_alive() and self._clock() >= self._look_at:
+            self._look(self._observer)
         hints = []
         while True:
             try:
@@ -158,7 +161,7 @@ class Watcher:
     def close(self) -> None:
         """Stop to watch."""
         logging.getLogger("watchdog").removeHandler(self._overflows)
-        if self._observer.is_alive():
+        if self._observer is not None and self._observer.is_alive():
             self._observer.stop()
             self._observer.join()
 
@@ -171,20 +174,22 @@ class Watcher:
 
     # --- what is watched ------------------------------------------------------------------------------------
 
-    def _look(self) -> None:
+    def _look(self, observer: BaseObserver) -> None:
         """Make sure that every place is watched as it is now, and find the directories that are not."""
         self._look_at = self._clock() + LOOK_SECONDS
         directories = self._directories()
         places = set(_places(self._tree.roots, directories))
         for place in self._watches.keys() - places:
-            self._observer.unschedule(self._watches.pop(place))
-        problems = [problem for place in places - self._watches.keys() if (problem := self._watch(place))]
+            observer.unschedule(self._watches.pop(place))
+        problems = [
+            problem for place in places - self._watches.keys() if (problem := self._watch(observer, place))
+        ]
         unwatched = frozenset(_without_watch(directories))
         if unwatched - self._unwatched:
             # Newly made, moved here, or lost: the observer is told to walk through them again, once.
             for place in [p for p in self._watches if any(_is_below(u, p.name) for u in unwatched)]:
-                self._observer.unschedule(self._watches.pop(place))
-                problems += filter(None, [self._watch(place)])
+                observer.unschedule(self._watches.pop(place))
+                problems += filter(None, [self._watch(observer, place)])
             unwatched = frozenset(_without_watch(directories))
         self._unwatched = unwatched
         if unwatched:
@@ -194,10 +199,10 @@ class Watcher:
             )
         self.problem = "; ".join(problems) or None
 
-    def _watch(self, place: _Place) -> str | None:
+    def _watch(self, observer: BaseObserver, place: _Place) -> str | None:
         """Watch a place; return why that is not possible, or None."""
         try:
-            self._watches[place] = self._observer.schedule(
+            self._watches[place] = observer.schedule(
                 _Handler(self._note, place), place.real, recursive=True, event_filter=_KINDS
             )
         except OSError as error:
