@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
+from .pinned import PinnedLoader
+
 if TYPE_CHECKING:
     from .frames import Frame
     from .pinned import Pins
@@ -93,10 +95,17 @@ def report(pins: Pins, nonce: str, progress: Progress) -> Frame:
         "unpinned": [
             {"name": name, "path": path}
             for name, module in loaded.items()
-            if (path := _tree_path(pins, module)) is not None and pins.modules.get(name) != path
+            if (path := _tree_path(pins, module)) is not None
+            and pins.modules.get(name) != path
+            and not _came_through_the_pins(module)
         ],
         "importing": progress.importing(),
     }
+
+
+def _came_through_the_pins(module: Any) -> bool:  # noqa: ANN401 -- sys.modules may hold any object
+    """Whether the pinned loader made a module: also one that it has in hand, or that has a second name."""
+    return isinstance(getattr(getattr(module, "__spec__", None), "loader", None), PinnedLoader)
 
 
 def _tree_path(pins: Pins, module: Any) -> str | None:  # noqa: ANN401 -- sys.modules may hold any object

@@ -201,6 +201,28 @@ def test_module_loaded_around_the_pins_is_reported(stepped: Generation, tree: Pa
     assert verdict.problem == "module planted (planted.py) was loaded around the pinned imports"
 
 
+def test_module_that_is_being_imported_or_has_two_names_is_no_alarm(stepped: Generation, fifo: Path) -> None:
+    code = """
+import sys, threading, later
+sys.modules["second_name"] = later
+entered, leave = threading.Event(), threading.Event()
+sys.modules["__main__"].leave = leave
+import builtins
+real_compile = builtins.compile
+def slow_compile(*args, **kwargs):
+    entered.set()
+    leave.wait()
+    return real_compile(*args, **kwargs)
+builtins.compile = slow_compile
+threading.Thread(target=lambda: __import__("pack.inner"), daemon=True).start()
+entered.wait()
+result["in hand"] = "pack" in sys.modules
+"""
+    assert tell(fifo, code) == {"in hand": True}
+    assert not [module for module in stepped.attest().modules if module.sha256 is None]
+    tell(fifo, "import sys; sys.modules['__main__'].leave.set()")
+
+
 def test_stale_and_planted_bytecode_is_never_read(
     tree: Path, fifo: Path, generation: Callable[..., Generation]
 ) -> None:
