@@ -60,7 +60,7 @@ class WebServer:
 
         try:
             self._server = _Server(address, handler)
-        except (OSError, OverflowError, UnicodeError) as error:
+        except (OSError, OverflowError, TypeError) as error:  # The last: a name that IDNA has not.
             where = f"{address[0]}:{address[1]}"
             why = getattr(error, "strerror", None) or str(error)
             raise AddressError(

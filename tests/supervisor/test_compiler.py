@@ -111,6 +111,8 @@ def edit_unseen(source: Path) -> None:
 # --- the gauntlet -----------------------------------------------------------------------------------------
 
 IMPORT = ("-c", "import m")
+CACHED = (str(cached(Path("m.py"))),)
+NO_FILE = "[Errno 2] No such file or directory"
 GONE = "ModuleNotFoundError: No module named 'm'"
 
 
@@ -165,6 +167,11 @@ def orphan_in_the_cache(_: Workshop, source: Path) -> None:
     source.unlink()
 
 
+def checked_orphan_in_the_cache(_: Workshop, source: Path) -> None:
+    py_compile.compile(str(source), invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH)
+    source.unlink()
+
+
 def written_while_the_source_was_edited(_: Workshop, source: Path) -> None:
     """py_compile reads the source and then looks at its time: an edit in between makes a lasting lie."""
     with pytest.MonkeyPatch.context() as patch:
@@ -186,9 +193,8 @@ GAUNTLET = {
     "unchecked hash": Case(unchecked_hash),
     "unchecked hash under the prefix": Case(unchecked_hash_under_the_prefix),
     "legacy pyc of a deleted source": Case(legacy_beside_a_deleted_source, afterwards=GONE),
-    "orphan in the cache": Case(
-        orphan_in_the_cache, (str(cached(Path("m.py"))),), afterwards="[Errno 2] No such file or directory"
-    ),
+    "orphan in the cache": Case(orphan_in_the_cache, CACHED, afterwards=NO_FILE),
+    "checked orphan in the cache": Case(checked_orphan_in_the_cache, CACHED, afterwards=NO_FILE),
     "edited while py_compile read it": Case(written_while_the_source_was_edited),
 }
 

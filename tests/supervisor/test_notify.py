@@ -155,6 +155,8 @@ def test_receiver_that_stalls_stops_nobody_and_misses_no_state(notifier: Notifie
     with service_manager(address) as manager:
         while not notifier.errors_total:
             notifier.alive()
+        assert notifier._socket is not None
+        assert notifier._socket.gettimeout() == 0, "it does not wait, however short"
         notifier.ready()
         assert notifier.errors_total == 2
         assert set(everything(manager)) == {"WATCHDOG=1"}

@@ -295,7 +295,7 @@ def test_address_in_use_is_one_sentence_with_what_to_do(
     assert caught.value.exit_code == 1
 
 
-@pytest.mark.parametrize("host", ["192.0.2.1", "no.such.host.invalid", "a..b", "x" * 300, "fe80::zz"])
+@pytest.mark.parametrize("host", ["192.0.2.1", "no.such.host.invalid", "a..b", "é" * 100, "fe80::zz"])
 def test_address_that_is_not_ours_is_one_sentence(collectors: CollectorRegistry, host: str) -> None:
     with pytest.raises(AddressError, match=r"^cannot listen on .*; free it or choose another --listen$"):
         WebServer((host, 0), collectors, lambda: GOOD)
