@@ -9,7 +9,7 @@ ARGS ?=
 RUN ?= # a way to run modules under something, e.g. RUN="-m coverage run"
 
 # The caller's Python settings must not reach ours; PYTHONDONTWRITEBYTECODE would hide the bug this project is about.
-unexport PYTHONDONTWRITEBYTECODE PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV
+unexport PYTHONDONTWRITEBYTECODE PYTHONUNBUFFERED PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV
 
 STAMP := .venv/complete
 

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import psycopg
 import pytest
+from hypothesis import HealthCheck, settings
 from psycopg import sql
 
 from monitor.demo.bridge import PROJECTS_YAML, SyntheticBridge
@@ -20,12 +21,21 @@ if TYPE_CHECKING:
 
 _numbers = itertools.count(1)
 
+# How fast examples are made and run is a property of the machine, and it may be busy.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
+
 
 @pytest.fixture(scope="session", autouse=True)
-def _bytecode_is_written() -> Iterator[None]:
-    """Child processes of tests write bytecode: the variable that forbids it hides the stale-bytecode bug."""
+def _children_run_as_installed() -> Iterator[None]:
+    """Take the caller's habits out of the environment of children.
+
+    Bytecode that is never written hides the stale-bytecode bug; unbuffered output tears lines apart in a pipe
+    that two processes share.
+    """
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+        for name in ("PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED"):
+            patch.delenv(name, raising=False)
         yield
 
 
