@@ -161,9 +161,7 @@ def test_a_damaged_cluster_is_reported_with_the_servers_own_reason(tmp_path: Pat
         pass
     (tmp_path / "data" / "cluster" / "PG_VERSION").write_text("9.4\n")
     with (
-        pytest.raises(
-            EmbeddedPostgresError, match=r"did not start: .*incompatible.*DATABASE_URL"
-        ),
+        pytest.raises(EmbeddedPostgresError, match=r"did not start: .*incompatible.*DATABASE_URL"),
         EmbeddedPostgres(tmp_path / "data"),
     ):
         pass
