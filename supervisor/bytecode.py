@@ -48,12 +48,14 @@ class BytecodeReport:
         compiled_total: how many were written.
         unwritable: absolute paths that could be neither removed nor written: other processes may read stale
             bytecode.
+        passing: the error says nothing about the tree: the machine could not run the helper just now.
     """
 
     error: str | None
     purged: tuple[str, ...] = ()
     compiled_total: int = 0
     unwritable: tuple[str, ...] = ()
+    passing: bool = False
 
 
 class CompileJob:
@@ -92,13 +94,16 @@ class CompileJob:
         try:
             return _report(json.loads(self._received))
         except ValueError:
-            return BytecodeReport(ended)
+            return BytecodeReport(ended, passing=self._killed_or_not_started())
 
     def cancel(self) -> None:
         """Kill the helper; what it had written to disk so far is checked-hash bytecode and harms nobody."""
         if not isinstance(self._process, str):
             self._process.kill()
         self._close()
+
+    def _killed_or_not_started(self) -> bool:
+        return isinstance(self._process, str) or self._process.returncode == -signal.SIGKILL
 
     def _close(self) -> str:
         """Free what was held and say how the helper ended."""

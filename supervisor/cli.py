@@ -10,6 +10,7 @@ mistake of their own. Tables and colour only for people: ``--json`` prints the d
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import json
 import logging
 import os
@@ -182,6 +183,9 @@ def verify(*, runtime_dir: RuntimeDir = None, as_json: AsJson = False) -> None:
 
 def main() -> None:
     """Entry point of ``wa-supervisor``."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # A path need not be UTF-8.
     try:
         app()
     except SupervisorError as error:

@@ -24,6 +24,7 @@ from supervisor.notify import Datagram
 from supervisor.settings import Target
 
 _USEC = 1_000_000
+_LONGEST_USEC_DIGITS = 15
 
 
 @dataclass
@@ -165,9 +166,9 @@ class Fleet:
         running.status = fields.get("STATUS", running.status)
         if fields.get("READY") == "1":
             self._happened(lifecycle.Ready(running.number))
-        extend = fields.get("EXTEND_TIMEOUT_USEC", "")
-        if fields.get("WATCHDOG") == "1" or extend.isdecimal():
-            self._happened(lifecycle.Beat(running.number, int(extend) / _USEC if extend.isdecimal() else 0.0))
+        extend = _seconds(fields.get("EXTEND_TIMEOUT_USEC", ""))
+        if fields.get("WATCHDOG") == "1" or extend:
+            self._happened(lifecycle.Beat(running.number, extend))
         if "X_SUSPECT" in fields:
             self._suspected(running.number, fields["X_SUSPECT"])
 
@@ -217,3 +218,8 @@ class Fleet:
         verdict = verify.compare(running.manifest, self._disk() or running.manifest, attestation)
         running.verdict, running.attested_at = verdict, time.monotonic()
         self._happened(lifecycle.Attested(running.number, verdict.problem, importing=attestation.importing))
+
+
+def _seconds(usec: str) -> float:
+    """Return the seconds that a field of sd_notify names in microseconds; 0 for what is no such number."""
+    return int(usec) / _USEC if usec.isdecimal() and len(usec) <= _LONGEST_USEC_DIGITS else 0.0

@@ -42,6 +42,7 @@ MAX_SETTLE_SECONDS = 5.0
 _QUIET_ONE_FILE_SECONDS = 0.015
 _QUIET_MANY_SECONDS = 0.15
 _LOCK_LOOK_SECONDS = 0.05
+_TRY_AGAIN_SECONDS = 5.0
 _SHOWN_PATHS = 20
 _AUTOMATIC = frozenset({"watch", "scan"})
 
@@ -115,7 +116,7 @@ class _Pending:
         dirty: absolute paths with a hint; their stat tuples are not trusted.
         unfinished: those that somebody may still be writing.
         whole: look at every byte of the tree and at every cache directory.
-        not_before: monotonic time before which a running git holds us.
+        not_before: monotonic time before which a running git, or a machine without memory, holds us.
     """
 
     reload: Reload
@@ -355,7 +356,7 @@ class Pipeline:
         """Stage *bytecode*: purge and compile in a process of its own."""
         job = bytecode.start(
             tree=self._tree,
-            before=None if sweep else self._compiled,
+            before=self._compiled,
             after=found,
             blobs=self._blobs.blobs,
             scratch=self._scratch,
@@ -372,7 +373,10 @@ class Pipeline:
             return None
         self._build = None
         build.reload.mark("bytecode", now)
-        self._judged = build.manifest.digest
+        if report.passing:
+            self._begin("scan", now).not_before = now + _TRY_AGAIN_SECONDS
+        else:
+            self._judged = build.manifest.digest
         if report.error is not None:
             self.problem = report.error
             self._end(build.reload, "rejected", "syntax", report.error)

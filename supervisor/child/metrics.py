@@ -35,11 +35,14 @@ def families() -> list[dict[str, Any]] | None:
             if not family.name.startswith(_ABOUT_THE_PROCESS)
         ]
     except Exception as error:  # noqa: BLE001 -- a collector is foreign code and may raise anything
-        return [
-            {
-                "name": "wa_supervisor_child_scrape_error",
-                "documentation": f"Collecting the child's metrics raised {type(error).__name__}",
-                "type": "gauge",
-                "samples": [["wa_supervisor_child_scrape_error", {}, 1.0]],
-            }
-        ]
+        return [failure(f"collecting them raised {type(error).__name__}")]
+
+
+def failure(why: str) -> dict[str, Any]:
+    """Return the family that stands for metrics which cannot be shown."""
+    return {
+        "name": "wa_supervisor_child_scrape_error",
+        "documentation": f"The child's metrics are missing: {why}",
+        "type": "gauge",
+        "samples": [["wa_supervisor_child_scrape_error", {}, 1.0]],
+    }

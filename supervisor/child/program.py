@@ -111,10 +111,14 @@ class _Channel:
                 self.send_metrics()
 
     def send_metrics(self) -> None:
-        """Send the application's metrics, if it has any."""
+        """Send the application's metrics, if it has any; too many of them are one that says so."""
         families = metrics.families()
-        if families is not None:
+        if families is None:
+            return
+        try:
             self.send({"type": "metrics", "families": families})
+        except frames.FrameError as error:
+            self.send({"type": "metrics", "families": [metrics.failure(str(error))]})
 
 
 def run(descriptor: int) -> NoReturn:

@@ -97,7 +97,7 @@ class Supervised:
                 *arguments,
             ],
             cwd=cwd,
-            env=os.environ | dict(environment),
+            env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"} | dict(environment),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
