@@ -15,7 +15,7 @@ import pytest
 from monitor.demo.bridge import (
     MAPPED_LIDS,
     NORTHFIELD,
-    PEOPLE,
+    SENDERS,
     UNMAPPED_LID,
     fill_map,
     messages,
@@ -105,7 +105,7 @@ def test_the_stream_holds_every_kind_of_post() -> None:
     assert any(len(post.drops) > 1 for post in posts)
     assert any(not post.drops and post.content for post in posts)
     assert any(post.media_type == "image" for post in posts)
-    assert {post.sender for post in posts} == {person.sender for person in PEOPLE}
+    assert {post.sender for post in posts} == set(SENDERS)
 
 
 def test_lids_are_no_phones_and_phones_are(bridge: SyntheticBridge) -> None:
