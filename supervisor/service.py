@@ -174,6 +174,8 @@ class Service:
             self._happened(lifecycle.Tick())
         self._release_held()
         self._decide()
+        # Deciding took its time, and what follows counts times that must not run backwards.
+        now = time.monotonic()
         if now >= self._housekeeping_at:
             self._housekeep(now)
         if self._changed:

@@ -365,7 +365,7 @@ def _print_invitation(console: Console, stage: Stage) -> None:
     monitor = shlex.quote(os.path.relpath(script("wa-monitor")))
     run_dir = shlex.quote(str(stage.run_dir))
     rows = (
-        ("look", f"http://{stage.address}/   /status.json   /metrics"),
+        ("look", f"http://{stage.address}/status.json   and /metrics"),
         ("", f"{supervisor} status --runtime-dir {run_dir}"),
         ("break it", f"in {identity}"),
         ("", f"insert below line {line}, in decide():"),
