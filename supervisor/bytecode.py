@@ -19,7 +19,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from supervisor.errors import SourceError
@@ -29,6 +29,8 @@ _HELPER = Path(__file__).parent / "compiler.py"
 
 DEADLINE_SECONDS = 120.0
 """Longest wall time of a helper, and its limit of processor time."""
+
+_MAX_OPTIMIZE = 2
 
 MEMORY_BYTES = 2 * 1024**3
 """Address space of a helper."""
@@ -48,6 +50,7 @@ class BytecodeReport:
         compiled_total: how many were written.
         unwritable: absolute paths that could be neither removed nor written: other processes may read stale
             bytecode.
+        prints: absolute path of each source to the prints of its code objects, and their qualified names.
         passing: the error says nothing about the tree: the machine could not run the helper just now.
     """
 
@@ -56,6 +59,7 @@ class BytecodeReport:
     compiled_total: int = 0
     unwritable: tuple[str, ...] = ()
     passing: bool = False
+    prints: Mapping[str, Mapping[str, str]] = field(default_factory=dict, compare=False)
 
 
 class CompileJob:
@@ -156,6 +160,7 @@ def start(
             "removed": [after.absolute(p) for p in sorted(gone)],
             "directories": list(tree.directories()) if sweep else [],
             "roots": tree.roots,
+            "optimize": _optimize(environment),
             "cpu_seconds": int(DEADLINE_SECONDS),
             "memory_bytes": MEMORY_BYTES,
         }
@@ -183,6 +188,12 @@ def _environment(children: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+def _optimize(children: Mapping[str, str]) -> int:
+    """Return the level that the children's interpreter takes from PYTHONOPTIMIZE."""
+    value = children.get("PYTHONOPTIMIZE", "")
+    return min(int(value), _MAX_OPTIMIZE) if value.isdecimal() else int(bool(value))
+
+
 def shorten(paths: Collection[str], limit: int = 5) -> str:
     """Return a short list of paths for a sentence."""
     shown = ", ".join(sorted(paths)[:limit])
@@ -202,4 +213,5 @@ def _report(body: dict[str, object]) -> BytecodeReport:
         tuple(body["purged"]),  # type: ignore[arg-type]
         int(body["compiled_total"]),  # type: ignore[call-overload]
         tuple(body["unwritable"]),  # type: ignore[arg-type]
+        prints=body["prints"],  # type: ignore[arg-type]
     )

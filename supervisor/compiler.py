@@ -1,5 +1,7 @@
 """The compile helper: purges stale bytecode, judges the syntax of sources, writes checked-hash bytecode.
 
+The prints of all code objects go into the report: what the supervisor compares the code of its children with.
+
 A process of its own because ``compile()`` holds the GIL: five megabytes of small functions take over a minute
 and most of a gigabyte. It is run as a file with the standard library only, under limits of time and memory
 that it sets on itself; what it cannot finish ends the helper and not the supervisor. Request: a JSON file
@@ -34,6 +36,11 @@ from collections.abc import Iterable
 from importlib.util import MAGIC_NUMBER, cache_from_source, source_hash
 from typing import Any
 
+if __name__ == "__main__":  # Run as a file and without the site's packages: ours is the folder above.
+    sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from supervisor.child import codeprint
+
 _HEADER_BYTES = 16
 _CHECKED_HASH = 0b11
 _CACHE = "__pycache__"
@@ -47,22 +54,30 @@ class Helper:
         removed: absolute paths of sources that were deleted.
         directories: absolute paths of directories to sweep whole.
         roots: the tree's roots, which are never removed.
+        optimize: level that the children run at.
     """
 
     def __init__(
-        self, sources: dict[str, str], removed: list[str], directories: list[str], roots: list[str]
+        self,
+        sources: dict[str, str],
+        removed: list[str],
+        directories: list[str],
+        roots: list[str],
+        optimize: int = 0,
     ) -> None:
         self._sources = sources
         self._removed = removed
         self._directories = directories
         self._roots = frozenset(roots)
+        self._optimize = optimize
+        self._prints: dict[str, dict[str, str]] = {}
         self.purged: list[str] = []
         self.unwritable: list[str] = []
         self.compiled_total = 0
 
     def run(self) -> dict[str, Any]:
         """Do the work and return the report."""
-        errors = [error for path, blob in self._sources.items() if (error := _judge(path, blob)) is not None]
+        errors = [error for path in self._sources if (error := self._judge(path)) is not None]
         if not errors:
             self._purge()
             for path in self._sources:
@@ -72,7 +87,27 @@ class Helper:
             "purged": self.purged,
             "compiled_total": self.compiled_total,
             "unwritable": self.unwritable,
+            "prints": self._prints,
         }
+
+    def _judge(self, path: str) -> dict[str, Any] | None:
+        """Take the prints of a source's code; return what is wrong with its syntax, or None."""
+        blob = self._sources[path]
+        content = _read(blob)
+        if content is None:
+            return _problem(path, f"its pinned bytes in {blob} are not readable")
+        try:
+            code = compile(content, path, "exec", dont_inherit=True, optimize=self._optimize)
+            self._prints[path] = {
+                codeprint.codeprint(part): part.co_qualname for part in codeprint.every(code)
+            }
+        except SyntaxError as error:
+            return _problem(path, error.msg, error.lineno)
+        except MemoryError:
+            return _problem(path, "compiling it takes more memory than it may")
+        except (ValueError, RecursionError, OverflowError) as error:
+            return _problem(path, f"{type(error).__name__}: {error}")
+        return None
 
     def _purge(self) -> None:
         changed = (*self._sources, *self._removed)
@@ -160,20 +195,8 @@ def _stale(header: bytes, source: bytes) -> bool:
     return header[:4] == MAGIC_NUMBER and header[8:16] != source_hash(source)
 
 
-def _judge(path: str, blob: str) -> dict[str, Any] | None:
-    """Return what is wrong with the syntax of a source, or None."""
-    content = _read(blob)
-    if content is None:
-        return {"path": path, "line": None, "message": f"its pinned bytes in {blob} are not readable"}
-    try:
-        compile(content, path, "exec", dont_inherit=True)
-    except SyntaxError as error:
-        return {"path": path, "line": error.lineno, "message": error.msg}
-    except MemoryError:
-        return {"path": path, "line": None, "message": "compiling it takes more memory than it may"}
-    except (ValueError, RecursionError, OverflowError) as error:
-        return {"path": path, "line": None, "message": f"{type(error).__name__}: {error}"}
-    return None
+def _problem(path: str, message: str, line: int | None = None) -> dict[str, Any]:
+    return {"path": path, "line": line, "message": message}
 
 
 def _stem(folder: str, entry: str, known: Iterable[str]) -> str:
@@ -227,7 +250,8 @@ def main(request_file: str) -> None:
     with open(request_file, "rb") as file:
         request = json.load(file)
     _limit(request["cpu_seconds"], request["memory_bytes"])
-    helper = Helper(request["sources"], request["removed"], request["directories"], request["roots"])
+    names = ("sources", "removed", "directories", "roots", "optimize")
+    helper = Helper(*(request[name] for name in names))
     json.dump(helper.run(), sys.stdout)
 
 

@@ -57,6 +57,7 @@ class Fleet:
         selector: the main loop's.
         environment: returns a generation's environment, from its number and its tree digest.
         disk: returns what is on disk now, for comparison.
+        prints: returns the prints of the code that each source has, by its sha256.
         happened: takes an event of the lifecycle.
         metrics: takes the number of a generation and the families that it sent.
         suspected: takes the number of a generation and what made it suspicious (``X_SUSPECT=``).
@@ -70,6 +71,7 @@ class Fleet:
         selector: selectors.BaseSelector,
         environment: Callable[[int, str], Mapping[str, str]],
         disk: Callable[[], Manifest | None],
+        prints: Callable[[], Mapping[str, Mapping[str, str]]],
         happened: Callable[[lifecycle.Event], None],
         metrics: Callable[[int, list[Mapping[str, Any]]], None],
         suspected: Callable[[int, str], None],
@@ -79,6 +81,7 @@ class Fleet:
         self._selector = selector
         self._environment = environment
         self._disk = disk
+        self._prints = prints
         self._happened = happened
         self._metrics = metrics
         self._suspected = suspected
@@ -215,7 +218,8 @@ class Fleet:
         except verify.AttestationError as error:
             self._happened(lifecycle.Attested(running.number, str(error)))
             return
-        verdict = verify.compare(running.manifest, self._disk() or running.manifest, attestation)
+        disk = self._disk() or running.manifest
+        verdict = verify.compare(running.manifest, disk, attestation, self._prints())
         running.verdict, running.attested_at = verdict, time.monotonic()
         self._happened(lifecycle.Attested(running.number, verdict.problem, importing=attestation.importing))
 

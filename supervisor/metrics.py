@@ -112,7 +112,7 @@ class SupervisorMetrics:
             "converged_seconds", "For how long it has been in sync, in seconds; 0 if it is not."
         )
         self.mismatches = gauge(
-            "code_mismatches", "Modules of the live child that are not what they were started from."
+            "code_mismatches", "Modules and functions of the live child that are not of its sources."
         )
         self.code_info = gauge("code_info", "1, labelled with what runs.", ("tree", "commit", "dirty"))
         self.child_restarts = counter(

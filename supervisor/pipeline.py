@@ -193,6 +193,8 @@ class Pipeline:
         self._compiled: Manifest | None = None
         self._judged: str | None = None
         self._unreadable = False
+        self.prints: dict[str, Mapping[str, str]] = {}
+        """Sha256 of a source to the prints of its code objects."""
         self.scanned_at: float | None = None
         self.problem: str | None = None
         """Why what is on disk may not run, or None."""
@@ -382,6 +384,9 @@ class Pipeline:
             self._end(build.reload, "rejected", "syntax", report.error)
             return None
         self._compiled, self.problem = build.manifest, None
+        for path, digest in build.manifest.sources.items():
+            if (prints := report.prints.get(build.manifest.absolute(path))) is not None:
+                self.prints[digest] = prints
         return Built(build.reload, build.manifest)
 
     def _supersede_build(self, newer: Reload) -> None:
@@ -403,6 +408,11 @@ class Pipeline:
         """Note that a generation of this tree did not become live."""
         if self.disk is not None and self.disk.digest == tree:
             self.problem = why
+
+    def forget(self, keep: Collection[Manifest]) -> None:
+        """Forget the prints of sources that none of these manifests has."""
+        needed = {digest for manifest in keep for digest in manifest.sources.values()}
+        self.prints = {digest: prints for digest, prints in self.prints.items() if digest in needed}
 
     def close(self) -> None:
         """Stop what is under way."""

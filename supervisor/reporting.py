@@ -144,7 +144,9 @@ class Reporting:
         metrics.in_sync.set(since is not None)
         metrics.converged_seconds.set(0 if since is None else now - since)
         modules = live.verdict.modules if live and live.verdict else ()
-        metrics.mismatches.set(sum(module.state in {"mismatch", "unpinned"} for module in modules))
+        foreign = live.verdict.foreign if live and live.verdict else ()
+        wrong = sum(module.state in {"mismatch", "unpinned"} for module in modules)
+        metrics.mismatches.set(wrong + len(foreign))
         info = (live.manifest.digest if live else None, commit)
         if info != self._code_info:  # Setting it clears it first: a scrape in between would find none.
             self._code_info = info

@@ -108,6 +108,7 @@ class Service:
             selector=self._selector,
             environment=self._environment,
             disk=lambda: self._pipeline.disk,
+            prints=lambda: self._pipeline.prints,
             happened=self._happened,
             metrics=self._child_metrics.update,
             suspected=self._suspected,
@@ -389,9 +390,9 @@ class Service:
         trees = {self._state.good, self._state.retry.tree if self._state.retry else None}
         kept = [manifest for digest, manifest in self._manifests.items() if digest in trees]
         self._manifests = {manifest.digest: manifest for manifest in (*kept, *self._fleet.manifests)}
-        self._blobs.collect(
-            [*self._manifests.values(), *([self._pipeline.disk] if self._pipeline.disk else [])]
-        )
+        needed = [*self._manifests.values(), *([self._pipeline.disk] if self._pipeline.disk else [])]
+        self._blobs.collect(needed)
+        self._pipeline.forget(needed)
 
     # --- the generations as others see them ---------------------------------------------------------------
 

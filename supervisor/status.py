@@ -106,8 +106,7 @@ def verify_document(verdict: Verdict, *, same_tree: bool, duration_seconds: floa
             }
             for module in verdict.modules
         ],
-        # Function objects are not compared yet, and this says so: nothing was checked, nothing was found.
-        "functions": {"checked": 0, "foreign": []},
+        "functions": {"checked": verdict.functions_checked, "foreign": list(verdict.foreign)},
         "duration_seconds": round(duration_seconds, 6),
     }
 

@@ -56,7 +56,10 @@ def print_verify(document: dict[str, Any]) -> None:
     verdict = "[green]in sync[/]" if document["in_sync"] else "[red]NOT in sync[/]"
     took = document["duration_seconds"] * 1000
     console.print(f"{verdict}: {len(document['modules'])} modules, asked and compared in {took:.0f} ms")
-    console.print("not checked: functions that were changed in memory after their import")
+    functions = document["functions"]
+    console.print(f"{functions['checked']} functions in memory compared with their sources")
+    for name in functions["foreign"]:
+        console.print(f"[red]not of its source[/]: {escape(name)}")
 
 
 def _status_rows(document: dict[str, Any]) -> list[tuple[str, str]]:

@@ -9,7 +9,9 @@ a mismatch, too: nothing is known about its bytes.
 The rule: an answer is *match*, *mismatch* or *no answer*, and no answer never becomes either of the others.
 Comparing is pure: the bytes were hashed by those who read them.
 
-What it does not see yet: function objects (a function that was patched after the import).
+Sources are one half; the code in memory is the other. The prints of the code that the child's functions run
+are compared with those that the supervisor took when it compiled the same sources itself, and what held a
+function of the tree when the generation was ready is looked at again for code from elsewhere.
 """
 
 from __future__ import annotations
@@ -45,11 +47,15 @@ class Attestation:
     Attributes:
         nonce: of the request it answers.
         modules: every module of the tree that it holds.
+        functions: relative path to the prints of the code that its functions run, with their qualified names.
+        replaced: ``module:qualified name`` of what held code of the tree and holds other code now.
         importing: its main thread was inside an import at that moment.
     """
 
     nonce: str
     modules: tuple[Executed, ...]
+    functions: Mapping[str, Mapping[str, str]]
+    replaced: tuple[str, ...]
     importing: bool
 
 
@@ -73,14 +79,18 @@ class Verdict:
 
     Attributes:
         modules: a row for each module, sorted by path.
+        functions_checked: how many pieces of code in memory were compared with their sources.
+        foreign: names of functions that are not of their source, sorted.
     """
 
     modules: tuple[ModuleVerdict, ...]
+    functions_checked: int = 0
+    foreign: tuple[str, ...] = ()
 
     @property
     def attested(self) -> bool:
         """Whether the child runs what it was started from, and nothing else of the tree."""
-        return not any(module.state in {"mismatch", "unpinned"} for module in self.modules)
+        return self.problem is None
 
     @property
     def on_disk(self) -> bool:
@@ -96,6 +106,8 @@ class Verdict:
                 return f"{subject} runs other bytes than its generation was started from"
             if module.state == "unpinned":
                 return f"{subject} was loaded around the pinned imports"
+        if self.foreign:
+            return f"function {self.foreign[0]} does not run the code of its source"
         return None
 
 
@@ -117,7 +129,26 @@ def parse(frame: Mapping[str, Any]) -> Attestation:
     importing = frame.get("importing")
     if not isinstance(importing, bool):
         raise AttestationError("the child's attestation does not say whether it is importing")
-    return Attestation(_text(frame, "nonce"), (*executed, *unpinned), importing)
+    return Attestation(
+        _text(frame, "nonce"), (*executed, *unpinned), _functions(frame), _replaced(frame), importing
+    )
+
+
+def _functions(frame: Mapping[str, Any]) -> Mapping[str, Mapping[str, str]]:
+    functions = frame.get("functions")
+    if isinstance(functions, Mapping) and all(
+        isinstance(prints, Mapping) and all(isinstance(text, str) for text in (*prints, *prints.values()))
+        for prints in functions.values()
+    ):
+        return functions
+    raise AttestationError("the child's attestation does not say which functions it has")
+
+
+def _replaced(frame: Mapping[str, Any]) -> tuple[str, ...]:
+    replaced = frame.get("replaced")
+    if isinstance(replaced, list) and all(isinstance(name, str) for name in replaced):
+        return tuple(replaced)
+    raise AttestationError("the child's attestation does not say which functions were replaced")
 
 
 def _rows(frame: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
@@ -134,8 +165,20 @@ def _text(row: Mapping[str, Any], key: str) -> str:
     return value
 
 
-def compare(started_from: Manifest, disk: Manifest, attestation: Attestation) -> Verdict:
-    """Compare what a child executed with what it was started from and with what stands on disk."""
+def compare(
+    started_from: Manifest,
+    disk: Manifest,
+    attestation: Attestation,
+    prints: Mapping[str, Mapping[str, str]],
+) -> Verdict:
+    """Compare what a child executed with what it was started from and with what stands on disk.
+
+    Args:
+        started_from: the manifest of its generation.
+        disk: the manifest of the files now.
+        attestation: what it said.
+        prints: sha256 of a source to the prints of its code. A source without them is not compared.
+    """
     rows = [
         ModuleVerdict(
             module.name,
@@ -146,7 +189,16 @@ def compare(started_from: Manifest, disk: Manifest, attestation: Attestation) ->
         )
         for module in attestation.modules
     ]
-    return Verdict(tuple(sorted(rows, key=lambda row: (row.path, row.name))))
+    names = {module.path: module.name for module in attestation.modules}
+    checked, foreign = 0, set(attestation.replaced)
+    for path, running in attestation.functions.items():
+        expected = prints.get(started_from.sources.get(path, ""))
+        if expected is not None:
+            checked += len(running)
+            foreign |= {
+                f"{names.get(path, path)}:{name}" for key, name in running.items() if key not in expected
+            }
+    return Verdict(tuple(sorted(rows, key=lambda row: (row.path, row.name))), checked, tuple(sorted(foreign)))
 
 
 def _judge(module: Executed, pinned: str | None, on_disk: str | None) -> ModuleState:

@@ -2,7 +2,8 @@
 
 The rule: report what was done, not what was meant. ``executed`` comes from the loader that compiled the
 bytes; beside it stands every module in ``sys.modules`` whose file lies in the tree but that did not come
-through that loader (``unpinned``).
+through that loader (``unpinned``). What the tree's functions run, and which of them were replaced, is in
+:mod:`.functions`.
 
 The nonce of the request is repeated in the answer, so that an earlier answer cannot be taken for a new one.
 """
@@ -20,6 +21,7 @@ from .pinned import PinnedLoader
 
 if TYPE_CHECKING:
     from .frames import Frame
+    from .functions import Functions
     from .pinned import Pins
 
 _IMPORT_MACHINERY = "<frozen importlib._bootstrap>"
@@ -76,15 +78,17 @@ def last_import_line(source: bytes) -> int:
     return last
 
 
-def report(pins: Pins, nonce: str, progress: Progress) -> Frame:
+def report(pins: Pins, functions: Functions, nonce: str, progress: Progress) -> Frame:
     """Return the answer to one request for attestation.
 
     Args:
         pins: the record of what was executed.
+        functions: of the tree, in this process.
         nonce: of the request.
         progress: of the application.
     """
     loaded = dict(sys.modules)
+    importing = progress.importing()
     return {
         "type": "attestation",
         "nonce": nonce,
@@ -99,7 +103,10 @@ def report(pins: Pins, nonce: str, progress: Progress) -> Frame:
             and pins.modules.get(name) != path
             and not _came_through_the_pins(module)
         ],
-        "importing": progress.importing(),
+        "functions": functions.alive(),
+        # Names are bound while a module is loaded; what counts is what they hold afterwards.
+        "replaced": [] if importing or progress.began_at is None else functions.replaced(),
+        "importing": importing,
     }
 
 

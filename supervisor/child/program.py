@@ -38,7 +38,7 @@ from importlib.util import find_spec
 from types import CodeType, ModuleType
 from typing import Any, NoReturn
 
-from . import attest, frames, metrics, pinned
+from . import attest, frames, functions, metrics, pinned
 
 _PR_SET_PDEATHSIG = 1
 _PARENT_WAIT_SECONDS = 10.0
@@ -89,11 +89,12 @@ class _Channel:
         """Answer the supervisor until it is gone, and end this process then (runs in a thread)."""
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         next_metrics = time.monotonic() + _METRICS_INTERVAL_SECONDS
+        live = functions.Functions(pins)
         pending = self._early
         while True:
             for frame in pending:
                 if frame.get("type") == "attest":
-                    self.send(attest.report(pins, str(frame.get("nonce")), progress))
+                    self.send(attest.report(pins, live, str(frame.get("nonce")), progress))
                 elif frame.get("type") == "go":
                     self.gate.set()
             # A timeout of the socket would bound the sends of the main thread, too.

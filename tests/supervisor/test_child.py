@@ -14,11 +14,21 @@ import pytest
 from supervisor import launch, verify
 from supervisor.blobs import BlobStore
 from supervisor.child import attest
+from supervisor.child.codeprint import codeprint, every
 from supervisor.launch import Child, LaunchRequest
 from supervisor.manifest import Manifest, Tree, scan
 from supervisor.settings import Target
 
 DEADLINE_MILLISECONDS = 15_000
+
+
+def prints_of(manifest: Manifest) -> dict[str, dict[str, str]]:
+    """What the supervisor takes from the sources themselves."""
+    prints = {}
+    for path, digest in manifest.sources.items():
+        code = compile(Path(manifest.absolute(path)).read_bytes(), "<any>", "exec", dont_inherit=True)
+        prints[digest] = {codeprint(part): part.co_qualname for part in every(code)}
+    return prints
 
 
 class Generation:
@@ -37,6 +47,11 @@ class Generation:
         )
         self.child: Child = launch.launch(request)
         self._frames: list[dict[str, Any]] = []
+        self._prints = prints_of(self.manifest)
+
+    def verdict(self) -> verify.Verdict:
+        """Ask once more and compare with the sources."""
+        return verify.compare(self.manifest, self.manifest, self.attest(), self._prints)
 
     def frame(self, kind: str) -> dict[str, Any]:
         """Wait for the next frame of a kind."""
@@ -87,7 +102,7 @@ def fifo(tmp_path: Path) -> Path:
 
 
 STEPPED = """\
-import json, os, sys
+import json, os, sys, traceback
 import first
 
 def say(value):
@@ -101,7 +116,6 @@ while True:
     try:
         exec(code, {"result": result})
     except BaseException as error:
-        import traceback
         result["error"] = repr(error)
         result["traceback"] = "".join(traceback.format_exception(error))
     say(result)
@@ -130,6 +144,7 @@ def stepped(tree: Path, fifo: Path, generation: Callable[..., Generation]) -> Ge
     (tree / "pack" / "data.txt").write_text("data", encoding="utf-8")
     (tree / "space" / "deep").mkdir(parents=True)
     (tree / "space" / "deep" / "leaf.py").write_text("VALUE = 'leaf'\n", encoding="utf-8")
+    (tree / "shapes.py").write_text(MANY_SHAPES, encoding="utf-8")
     one = generation(WA_STEP=str(fifo))
     one.go()
     return one
@@ -197,7 +212,7 @@ def test_module_loaded_around_the_pins_is_reported(stepped: Generation, tree: Pa
     assert [(module.name, module.sha256) for module in attestation.modules if module.sha256 is None] == [
         ("planted", None)
     ]
-    verdict = verify.compare(stepped.manifest, stepped.manifest, attestation)
+    verdict = verify.compare(stepped.manifest, stepped.manifest, attestation, {})
     assert verdict.problem == "module planted (planted.py) was loaded around the pinned imports"
 
 
@@ -332,3 +347,137 @@ def test_package_watched_by_its_own_folder_is_pinned(
 )
 def test_last_import_line(source: bytes, line: int) -> None:
     assert attest.last_import_line(source) == line
+
+
+MANY_SHAPES = """
+import asyncio, contextlib, dataclasses, enum, functools, types, typing
+import prometheus_client, psycopg
+
+def plain(a, b=1, *c, d=2, **e): return [x for x in (a, b)], {y: 1 for y in c}, (lambda z: z)(d)
+def outer():
+    count = 0
+    def inner():
+        nonlocal count
+        count += 1
+        return count
+    return inner
+closure = outer()
+def decorate(function):
+    @functools.wraps(function)
+    def wrapper(*args): return function(*args)
+    return wrapper
+@decorate
+def decorated(): return "x"
+@functools.lru_cache
+def cached(n): return n
+@contextlib.contextmanager
+def managed(): yield 1
+def generator(): yield from range(3)
+async def coroutine(): await asyncio.sleep(0)
+async def stream(): yield 1
+@types.coroutine
+def old_style(): yield
+partial = functools.partial(plain, 1)
+@dataclasses.dataclass(frozen=True, order=True)
+class Data:
+    x: int = 1
+    def method(self): return self.x
+class Named(typing.NamedTuple):
+    x: int = 1
+    def method(self): return self.x
+class Colour(enum.Enum):
+    RED = 1
+    def shade(self): return self.value
+def make():
+    class Local:
+        def method(self): return super().__repr__()
+        @property
+        def prop(self): return 1
+        @prop.setter
+        def prop(self, value): pass
+        @staticmethod
+        def static(): return 1.0, 1, True, -0.0, 1j, frozenset({1, "a"}), b"b", ..., None
+        @classmethod
+        def clsm(cls): return cls
+        @functools.cached_property
+        def lazy(self): return 2
+    return Local
+Local = make()
+instance = Local()
+class Meta(type):
+    def __call__(cls, *args): return super().__call__(*args)
+class Made(metaclass=Meta):
+    partial = functools.partialmethod(lambda self, x: x, 1)
+for _ in range(50):
+    plain(1); closure(); decorated(); cached(1); list(generator()); asyncio.run(coroutine())
+"""
+
+
+def test_shapes_of_ordinary_programs_are_no_alarm(stepped: Generation, fifo: Path) -> None:
+    assert tell(fifo, "import shapes, gc; gc.collect(); gc.freeze()") == {}
+    for _ in range(3):
+        verdict = stepped.verdict()
+        assert verdict.problem is None
+        assert verdict.functions_checked >= 20
+        assert tell(fifo, "import shapes; shapes.plain(1); shapes.Local().lazy; shapes.instance.prop") == {}
+
+
+ELSEWHERE = """
+import shapes
+space = {}
+exec("def other(*args): return 'patched'", space)
+other = space["other"]
+"""
+
+
+@pytest.mark.parametrize(
+    ("tampering", "foreign"),
+    [
+        ("shapes.plain = other", "shapes:plain"),
+        ("shapes.plain = lambda: 0", "shapes:plain"),
+        ("shapes.plain.__code__ = other.__code__", "shapes:plain"),
+        ("shapes.Data.method = other", "shapes:Data.method"),
+        ("shapes.Local.static = staticmethod(other)", "shapes:Local.static"),
+        ("shapes.Local.prop = property(other)", "shapes:Local.prop.fget"),
+        ("import functools; shapes.partial = functools.partial(other)", "shapes:partial"),
+        (
+            "code = compile('def plain(a): return 1', shapes.__file__, 'exec'); exec(code, vars(shapes))",
+            "shapes:plain",
+        ),
+        (
+            "code = compile('def unheard_of(): return 1', shapes.__file__, 'exec'); exec(code, vars(shapes))",
+            "shapes:unheard_of",
+        ),
+    ],
+)
+def test_tampered_function_is_named(stepped: Generation, fifo: Path, tampering: str, foreign: str) -> None:
+    assert tell(fifo, "import shapes") == {}
+    assert stepped.verdict().problem is None
+    assert tell(fifo, ELSEWHERE + tampering) == {}
+    verdict = stepped.verdict()
+    assert set(verdict.foreign) | {"shapes:partial"} == {foreign, "shapes:partial"}  # Which wraps `plain`.
+    assert foreign in verdict.foreign
+    assert not verdict.attested
+    assert verdict.problem == f"function {verdict.foreign[0]} does not run the code of its source"
+
+
+def test_prints_tell_constants_apart_and_forget_places() -> None:
+    def print_of(source: str) -> str:
+        return codeprint(compile(source, "<x>", "exec"))
+
+    different = [
+        "x = 1",
+        "x = 1.0",
+        "x = True",
+        "x = '1'",
+        "x = b'1'",
+        "x = (1,)",
+        "x = 1j",
+        "x = -0.0",
+        "x = 0.0",
+    ]
+    assert len({print_of(source) for source in different}) == len(different)
+    assert print_of("\n\nx = 1") == print_of("x = 1") == codeprint(compile("x=1", "elsewhere", "exec"))
+    assert print_of("def f(): return {1, 2} == x in {'a', 'b'}") == print_of(
+        "def f():\n  return {1, 2} == x in {'a', 'b'}"
+    )

@@ -236,6 +236,33 @@ def test_suspicion_of_the_child_is_followed_by_a_verification(supervise: Supervi
     assert started.status()["in_sync"]
 
 
+def test_function_patched_in_memory_is_found_named_and_replaced_by_a_fresh_generation(
+    supervise: Supervise, tree: Path
+) -> None:
+    (tree / "main.py").write_text(NOTIFYING, encoding="utf-8")
+    write(
+        tree,
+        "import os\nVALUE = 1\ndef decide(): return 'right'\n"
+        "def serve(tell):\n"
+        "    tell('READY=1')\n"
+        "    if os.environ['WA_GENERATION'] == '1':\n"
+        "        open(os.environ['GO']).read()\n"
+        "        exec('def decide(): return 0', globals())\n"
+        "        tell('X_SUSPECT=odd')\n",
+    )
+    pipe = tree.parent / "go"
+    os.mkfifo(pipe)
+    started = supervise("--type=notify", "main.py", cwd=tree, GO=str(pipe))
+    started.expect(LIVE)
+    verified = json.loads(started.command("verify", "--json").stdout)
+    assert verified["functions"]["foreign"] == []
+    assert verified["functions"]["checked"] >= 2
+    pipe.write_text("", encoding="utf-8")
+    started.expect(r"generation 1: mismatch \(function answer:decide does not run the code of its source\)")
+    assert started.expect(LIVE).group(1) == "mismatch"
+    assert started.command("verify").returncode == 0
+
+
 def test_child_is_gone_when_the_supervisor_was_killed(supervise: Supervise, tree: Path) -> None:
     write(tree, "import signal\nVALUE = 1\nsignal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])\n")
     started = supervise("main.py", cwd=tree)

@@ -1,0 +1,143 @@
+"""Functions: which code of the tree is alive in this process, and what has taken its place.
+
+Two looks. **Alive**: every function object whose code says that it comes from the tree, found through the
+garbage collector and, because ``gc.freeze()`` hides objects from it, through the modules as well; the
+supervisor compares their prints with what it compiles itself. **Bindings**: each attribute of a tree module
+or of its classes that held a function of the tree when the generation was ready; one that holds code from
+outside the tree now was replaced.
+
+The rule: no false alarm for what Python programs do to themselves: decorators, closures, properties, partials
+and generated methods are compared with the time of readiness, not with an idea of what they should look like.
+
+Prints are kept, so a second look costs the walk alone. The walk runs in a thread of its own and holds the GIL
+for no longer than one call of ``gc.get_objects()``.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import sys
+from collections.abc import Iterator
+from types import CodeType, FunctionType, ModuleType
+from typing import TYPE_CHECKING, Any
+
+from .codeprint import codeprint
+
+if TYPE_CHECKING:
+    from .pinned import Pins
+
+_DEPTH = 8
+
+
+class Functions:
+    """The functions of the tree in this process.
+
+    Args:
+        pins: which modules and files are the tree's.
+    """
+
+    def __init__(self, pins: Pins) -> None:
+        self._pins = pins
+        self._prints: dict[int, tuple[CodeType, str]] = {}
+        self._paths: dict[str, str | None] = {}
+        self._bound: dict[str, set[str]] = {}
+
+    def alive(self) -> dict[str, dict[str, str]]:
+        """Return, for each relative path of the tree, the print of every code object that a function runs.
+
+        The values of the inner dictionary are qualified names, for people.
+        """
+        found: dict[str, dict[str, str]] = {}
+        seen: set[int] = set()
+        for function in self._functions():
+            code = function.__code__
+            if id(code) in seen:
+                continue
+            seen.add(id(code))
+            path = self._path(code)
+            if path is not None:
+                found.setdefault(path, {})[self._print(code)] = code.co_qualname
+        # Code that no function runs any more needs no print.
+        self._prints = {key: kept for key, kept in self._prints.items() if key in seen}
+        return found
+
+    def replaced(self) -> list[str]:
+        """Return ``module:qualified name`` of what held code of the tree and holds other code now.
+
+        A module is looked at for the first time when this is first called after it was loaded.
+        """
+        foreign = []
+        for name, module in self._modules():
+            bindings = dict(_bindings(module))
+            before = self._bound.get(name)
+            if before is None:
+                self._bound[name] = {
+                    key for key, function in bindings.items() if self._path(function.__code__)
+                }
+                continue
+            foreign += [
+                f"{name}:{key}"
+                for key in before
+                if (function := bindings.get(key)) is not None and self._path(function.__code__) is None
+            ]
+        return sorted(foreign)
+
+    def _functions(self) -> Iterator[FunctionType]:
+        for candidate in gc.get_objects():
+            if type(candidate) is FunctionType:
+                yield candidate
+        for _, module in self._modules():
+            for _, function in _bindings(module):
+                yield function
+
+    def _modules(self) -> list[tuple[str, ModuleType]]:
+        return [
+            (name, module)
+            for name in list(self._pins.modules)
+            if isinstance(module := sys.modules.get(name), ModuleType)
+        ]
+
+    def _print(self, code: CodeType) -> str:
+        kept = self._prints.get(id(code))
+        if kept is None or kept[0] is not code:
+            self._prints[id(code)] = kept = (code, codeprint(code))
+        return kept[1]
+
+    def _path(self, code: CodeType) -> str | None:
+        """Return the relative path of the source that a code object names, None outside the tree."""
+        name = code.co_filename
+        if name not in self._paths:
+            relative = self._pins.relative(name)
+            self._paths[name] = relative if relative and self._pins.has_source(relative) else None
+        return self._paths[name]
+
+
+def _bindings(module: ModuleType) -> Iterator[tuple[str, FunctionType]]:
+    """Yield (qualified name, function) of what a module and its own classes hold."""
+    yield from _held(vars(module), "", module.__name__, _DEPTH)
+
+
+def _held(namespace: Any, prefix: str, module: str, depth: int) -> Iterator[tuple[str, FunctionType]]:  # noqa: ANN401 -- a mapping proxy
+    for name, value in list(namespace.items()):
+        if isinstance(value, type) and depth and value.__module__ == module:
+            yield from _held(vars(value), f"{prefix}{name}.", module, depth - 1)
+        else:
+            for part, function in _unwrapped(value, depth):
+                yield f"{prefix}{name}{part}", function
+
+
+def _unwrapped(value: Any, depth: int) -> Iterator[tuple[str, FunctionType]]:  # noqa: ANN401 -- any attribute
+    """Yield the functions that an attribute is made of: itself, or what a descriptor or a partial holds."""
+    if type(value) is FunctionType:
+        yield "", value
+    elif isinstance(value, (staticmethod, classmethod)):
+        yield from _unwrapped(value.__func__, depth)
+    elif isinstance(value, property):
+        for part in ("fget", "fset", "fdel"):
+            for _, function in _unwrapped(getattr(value, part), depth):
+                yield f".{part}", function
+    elif isinstance(value, (functools.partial, functools.partialmethod)) and depth:
+        yield from _unwrapped(value.func, depth - 1)
+    elif isinstance(value, functools.cached_property):
+        yield from _unwrapped(value.func, depth)
