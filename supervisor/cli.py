@@ -181,6 +181,15 @@ def verify(*, runtime_dir: RuntimeDir = None, as_json: AsJson = False) -> None:
         raise typer.Exit(EXIT_DIFFERS)
 
 
+@app.command()
+def diff(*, runtime_dir: RuntimeDir = None) -> None:
+    """Show how the code that runs differs from the files, as a unified diff. Exit 3 if it does."""
+    document = _ask(runtime_dir, "diff")["diff"]
+    terminal.print_diff(document)
+    if document["files"]:
+        raise typer.Exit(EXIT_DIFFERS)
+
+
 def main() -> None:
     """Entry point of ``wa-supervisor``."""
     for stream in (sys.stdout, sys.stderr):

@@ -34,6 +34,7 @@ class Running:
     Attributes:
         nonce: of the last request for attestation that is not answered.
         verdict: of its last attestation, None before the first.
+        commit: that the tree stood at when it was started, where git knows it.
         status: what it said of itself (STATUS=).
     """
 
@@ -41,6 +42,7 @@ class Running:
     manifest: Manifest
     child: Child
     started_wall_seconds: float
+    commit: str | None = None
     nonce: str | None = None
     verdict: verify.Verdict | None = None
     attested_at: float | None = None
@@ -98,7 +100,7 @@ class Fleet:
 
     # --- actions ------------------------------------------------------------------------------------------
 
-    def launch(self, number: int, manifest: Manifest, manifest_file: Path) -> None:
+    def launch(self, number: int, manifest: Manifest, manifest_file: Path, commit: str | None = None) -> None:
         """Start a process; raises OSError if there can be none."""
         request = LaunchRequest(
             generation=number,
@@ -109,7 +111,7 @@ class Fleet:
             environment=self._environment(number, manifest.digest),
         )
         child = launch.launch(request)
-        running = Running(number, manifest, child, time.time())
+        running = Running(number, manifest, child, time.time(), commit)
         self._running[number] = running
         self._selector.register(child.channel, selectors.EVENT_READ, lambda: self._readable(running))
 

@@ -32,6 +32,7 @@ from supervisor import git, launch, lifecycle, lock
 from supervisor.blobs import BlobStore
 from supervisor.bytecode import CompileJob
 from supervisor.control import Client, ControlServer
+from supervisor.errors import BlobError
 from supervisor.fleet import Fleet, Running
 from supervisor.lifecycle import Action, Stage
 from supervisor.manifest import Manifest
@@ -353,7 +354,8 @@ class Service:
         self._reloads[generation.number] = reload
         manifest = self._manifests[generation.tree]
         try:
-            self._fleet.launch(generation.number, manifest, self._blobs.put_manifest(manifest))
+            commit = self._repository.commit() if self._repository else None
+            self._fleet.launch(generation.number, manifest, self._blobs.put_manifest(manifest), commit)
         except OSError as error:
             # Out of processes or memory: to the lifecycle it is a child that ended, with its backoff.
             self._events.append(
@@ -451,6 +453,8 @@ class Service:
                 )
             case "verify":
                 self._verify(client)
+            case "diff":
+                self._diff(client)
             case "stop":
                 log.info("stop, by command")
                 self._stop_clients.append(client)
@@ -469,6 +473,38 @@ class Service:
         self._verifications.append(waiting)
         self._timers.append((now + _VERIFY_TIMEOUT_SECONDS, lambda: self._verification_expired(waiting)))
         self._fleet.attest(live.number)
+
+    def _diff(self, client: Client) -> None:
+        """Answer with the text of every source that differs between the live generation and the disk."""
+        live = self._live
+        if live is None:
+            client.answer({"ok": False, "error": f"no generation is live: {self._problem()}"})
+            return
+        self._pipeline.scan(time.monotonic(), whole=True)
+        disk = self._pipeline.disk
+        if disk is None:
+            client.answer({"ok": False, "error": str(self._pipeline.problem)})
+            return
+        commit = self._repository.commit() if self._repository else None
+        try:
+            files = [
+                {
+                    "path": path,
+                    "running": self._text(live.manifest.sources.get(path)),
+                    "disk": self._text(disk.sources.get(path)),
+                }
+                for path in live.manifest.changes(disk)
+            ]
+        except BlobError as error:
+            client.answer({"ok": False, "error": str(error)})
+            return
+        document = {
+            "generation": live.number, "running_commit": live.commit, "disk_commit": commit, "files": files,
+        }  # fmt: skip
+        client.answer({"ok": True, "diff": document})
+
+    def _text(self, digest: str | None) -> str | None:
+        return self._blobs.get(digest).decode("utf-8", "backslashreplace") if digest is not None else None
 
     def _verification_expired(self, waiting: _Verification) -> None:
         if waiting in self._verifications:

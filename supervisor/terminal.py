@@ -6,6 +6,7 @@ Colour appears on a terminal only (``rich`` sees to that).
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 from rich.console import Console
@@ -60,6 +61,22 @@ def print_verify(document: dict[str, Any]) -> None:
     console.print(f"{functions['checked']} functions in memory compared with their sources")
     for name in functions["foreign"]:
         console.print(f"[red]not of its source[/]: {escape(name)}")
+
+
+def print_diff(document: dict[str, Any]) -> None:
+    """Print the document of ``diff``; nothing at all if the running sources are those on disk."""
+    running = _origin(f"generation {document['generation']}", document["running_commit"])
+    on_disk = _origin("on disk", document["disk_commit"])
+    for file in document["files"]:
+        before, after = ((file[side] or "").splitlines(keepends=True) for side in ("running", "disk"))
+        old = f"{file['path']} ({running})" if file["running"] is not None else "/dev/null"
+        new = f"{file['path']} ({on_disk})" if file["disk"] is not None else "/dev/null"
+        for line in difflib.unified_diff(before, after, old, new):
+            print(line.rstrip("\r\n"))
+
+
+def _origin(what: str, commit: str | None) -> str:
+    return f"{what}, commit {commit[:_SHORT_DIGEST]}" if commit else what
 
 
 def _status_rows(document: dict[str, Any]) -> list[tuple[str, str]]:

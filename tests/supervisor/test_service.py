@@ -128,6 +128,22 @@ def test_syntax_error_is_rejected_and_the_old_child_keeps_serving(supervise: Sup
     assert started.status()["in_sync"]
 
 
+def test_diff_shows_the_running_source_against_the_file(supervise: Supervise, tree: Path) -> None:
+    started = supervise("main.py", cwd=tree)
+    started.expect(LIVE)
+    assert (started.command("diff").returncode, started.command("diff").stdout) == (0, "")
+    write(tree, "VALUE = 1\nVALUE = = 2\n")
+    (tree / "more.py").write_text("X = 1\n", encoding="utf-8")
+    started.expect(r"rejected \(syntax\)")
+    shown = started.command("diff")
+    assert shown.returncode == 3
+    assert shown.stdout.splitlines() == [
+        "--- modules/answer.py (generation 1)", "+++ modules/answer.py (on disk)", "@@ -1 +1,2 @@",
+        " VALUE = 1", "+VALUE = = 2",
+        "--- /dev/null", "+++ more.py (on disk)", "@@ -0,0 +1 @@", "+X = 1",
+    ]  # fmt: skip
+
+
 def test_touch_without_a_change_of_content_is_unchanged(supervise: Supervise, tree: Path) -> None:
     started = supervise("main.py", cwd=tree)
     started.expect(LIVE)
