@@ -14,10 +14,13 @@ compares it with the source itself and an edit in between cannot make it stale. 
 written is reported, it is no failure: our children read no ``.pyc``.
 
 What is stale: any ``.pyc`` that the importer would trust without reading the source (timestamp or unchecked
-hash), one whose hash is not that of the source, one whose source is gone. A ``.pyc`` *beside* the sources is
-removed only where a source of that name is or was: elsewhere it may be a module that is shipped without
-source. A directory left with nothing but an emptied ``__pycache__`` is removed, because it would go on to be
-importable as a namespace package.
+hash), one whose hash is not that of the source, one whose source is gone. A right hash does not make the code
+behind it right: a ``.pyc`` that does not hold the very bytes that its source compiles to is replaced. (Bytes
+are compared, because loading marshalled data of unknown origin can end a process.)
+
+A ``.pyc`` *beside* the sources is removed only where a source of that name is or was: elsewhere it may be a
+module that is shipped without source. A directory left with nothing but an emptied ``__pycache__`` is
+removed, because it would go on to be importable as a namespace package.
 
 Nothing met on the way can stop the helper: not a pipe under a good name, not a file of somebody else.
 
@@ -26,7 +29,9 @@ Source: PEP 552, https://docs.python.org/3/library/py_compile.html.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import marshal
 import os
 import py_compile
 import resource
@@ -71,6 +76,7 @@ class Helper:
         self._roots = frozenset(roots)
         self._optimize = optimize
         self._prints: dict[str, dict[str, str]] = {}
+        self._bodies: dict[str, bytes] = {}
         self.purged: list[str] = []
         self.unwritable: list[str] = []
         self.compiled_total = 0
@@ -98,6 +104,8 @@ class Helper:
             return _problem(path, f"its pinned bytes in {blob} are not readable")
         try:
             code = compile(content, path, "exec", dont_inherit=True, optimize=self._optimize)
+            written = compile(content, path, "exec", dont_inherit=True) if self._optimize else code
+            self._bodies[path] = hashlib.sha256(marshal.dumps(written)).digest()
             self._prints[path] = {
                 codeprint.codeprint(part): part.co_qualname for part in codeprint.every(code)
             }
@@ -142,9 +150,11 @@ class Helper:
         content = _read(path)
         if content is None:
             return  # Deleted since; the next manifest will say so.
-        existing = _read(cached, _HEADER_BYTES)
-        if existing is not None and not _stale(existing, content):
-            return
+        existing = _read(cached)
+        if existing is not None and not _stale(existing[:_HEADER_BYTES], content):
+            if hashlib.sha256(existing[_HEADER_BYTES:]).digest() == self._bodies[path]:
+                return
+            self._remove(cached)
         try:
             py_compile.compile(
                 path, doraise=True, invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH
