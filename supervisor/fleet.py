@@ -33,6 +33,8 @@ class Running:
 
     Attributes:
         nonce: of the last request for attestation that is not answered.
+        asked_at: monotonic time of the oldest request since the last answer, None if all are answered.
+        mute: it closed its end of the channel and lives on: nothing can be learnt from it any more.
         verdict: of its last attestation, None before the first.
         commit: that the tree stood at when it was started, where git knows it.
         status: what it said of itself (STATUS=).
@@ -45,7 +47,8 @@ class Running:
     commit: str | None = None
     nonce: str | None = None
     verdict: verify.Verdict | None = None
-    attested_at: float | None = None
+    asked_at: float | None = None
+    mute: bool = False
     status: str = ""
     failure: Mapping[str, Any] = field(default_factory=dict)
 
@@ -120,6 +123,8 @@ class Fleet:
         running = self._running.get(number)
         if running is not None:
             running.nonce = secrets.token_hex(16)
+            if running.asked_at is None:
+                running.asked_at = time.monotonic()
             running.child.send({"type": "attest", "nonce": running.nonce})
 
     def go(self, number: int) -> None:
@@ -181,6 +186,7 @@ class Fleet:
         try:
             frames = running.child.receive()
         except EOFError:
+            running.mute = True
             self._unregister(running)
             return
         for frame in frames:
@@ -214,7 +220,7 @@ class Fleet:
     def _attested(self, running: Running, frame: Mapping[str, Any]) -> None:
         if running.nonce is None or frame.get("nonce") != running.nonce:
             return  # Not the answer to what was asked last.
-        running.nonce = None
+        running.nonce = running.asked_at = None
         try:
             attestation = verify.parse(frame)
         except verify.AttestationError as error:
@@ -222,7 +228,7 @@ class Fleet:
             return
         disk = self._disk() or running.manifest
         verdict = verify.compare(running.manifest, disk, attestation, self._prints())
-        running.verdict, running.attested_at = verdict, time.monotonic()
+        running.verdict = verdict
         self._happened(lifecycle.Attested(running.number, verdict.problem, importing=attestation.importing))
 
 

@@ -491,8 +491,10 @@ class _Step:
         if self.now - gone.since >= self.policy.healthy_seconds:
             self.state = replace(self.state, failures=0)
         cause = gone.killed_for or "crash"
+        silence = f"no WATCHDOG=1 for {self.policy.watchdog_seconds:g} s; --watchdog 0 turns this off"
+        detail = silence if cause == "hang" else event.error or event.how
         wait = 0.0 if self.state.candidate is not None else self._retry(gone.tree, cause)
-        self.actions.append(Restarting(gone.number, cause, event.error or event.how, wait))
+        self.actions.append(Restarting(gone.number, cause, detail, wait))
 
     def _live_mismatched(self, live: Generation, problem: str) -> None:
         """Replace a child that runs other code, once per tree: a second start would not heal it either."""

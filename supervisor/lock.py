@@ -8,6 +8,7 @@ Rejected: a pid file alone (a recycled pid looks like the owner), the bound sock
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from pathlib import Path
@@ -43,6 +44,7 @@ def take(directory: Path, option: str) -> int:
         raise AlreadyRunningError(
             f"a supervisor with pid {owner} already owns {directory}; use it, or name another {option}"
         ) from None
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, str(os.getpid()).encode())
+    with contextlib.suppress(OSError):  # A full disk: the lock holds, only the pid is not told.
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, str(os.getpid()).encode())
     return descriptor

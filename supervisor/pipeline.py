@@ -202,7 +202,7 @@ class Pipeline:
     @property
     def disk(self) -> Manifest | None:
         """What was on disk at the last look, None while it cannot be read."""
-        return self._snapshot.manifest if self._snapshot else None
+        return self._snapshot.manifest if self._snapshot and not self._unreadable else None
 
     @property
     def busy(self) -> bool:
@@ -248,6 +248,7 @@ class Pipeline:
         except SourceError as error:
             if str(error) != self.problem:
                 self._begin(trigger, now)
+            self._unreadable, self.problem = True, str(error)
             return
         self.scanned_at = now
         differs = before is None or snapshot.manifest.digest != before.digest
@@ -346,7 +347,12 @@ class Pipeline:
         self._supersede_build(reload)
         if live is not None and found.digest == live.digest:
             self._judged, self.problem = live.digest, None
-            self._end(reload, "unchanged")
+            if (
+                pending.whole
+            ):  # Somebody asked: the sources are the same, the bytecode beside them need not be.
+                self._start_build(reload, found, now, sweep=True)
+            else:
+                self._end(reload, "unchanged")
             return True
         if reload.trigger in _AUTOMATIC and found.digest == self._judged:
             self._end(reload, "unchanged")
@@ -383,6 +389,9 @@ class Pipeline:
             self.problem = report.error
             self._end(build.reload, "rejected", "syntax", report.error)
             return None
+        if build.reload.tree == build.reload.previous_tree:
+            self._end(build.reload, "unchanged")
+            return None
         self._compiled, self.problem = build.manifest, None
         for path, digest in build.manifest.sources.items():
             if (prints := report.prints.get(build.manifest.absolute(path))) is not None:
@@ -403,6 +412,17 @@ class Pipeline:
     ) -> None:
         reload.finish(outcome, self._clock(), reason, detail)
         self._finished(reload)
+
+    def heal(self, now: float) -> None:
+        """Write every pinned source anew that is still on disk: some are missing or damaged."""
+        self._blobs.distrust()
+        self.scan(now, whole=True)
+
+    def reconsider(self, now: float, live: str) -> None:
+        """Look again at a tree that is not the live one although nothing speaks against it."""
+        if self.disk is not None and self.disk.digest != live and self.problem is None and not self.busy:
+            self._judged = None
+            self._begin("scan", now)
 
     def rejected(self, tree: str, why: str) -> None:
         """Note that a generation of this tree did not become live."""

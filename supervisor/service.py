@@ -32,7 +32,7 @@ from supervisor import git, launch, lifecycle, lock
 from supervisor.blobs import BlobStore
 from supervisor.bytecode import CompileJob
 from supervisor.control import Client, ControlServer
-from supervisor.errors import BlobError
+from supervisor.errors import BlobError, UsageError
 from supervisor.fleet import Fleet, Running
 from supervisor.lifecycle import Action, Stage
 from supervisor.manifest import Manifest
@@ -41,7 +41,7 @@ from supervisor.notify import Notifier, NotifySocket
 from supervisor.pipeline import Pipeline, Reload
 from supervisor.reporting import Reporting
 from supervisor.settings import Settings
-from supervisor.status import in_sync_problem, verify_document
+from supervisor.status import ANSWER_SECONDS, in_sync_problem, verify_document
 from supervisor.watch import Watcher
 from supervisor.web import WebServer
 
@@ -49,7 +49,6 @@ log = logging.getLogger("wa-supervisor")
 
 _HOUSEKEEPING_SECONDS = 0.5
 _LOOP_HANGS_SECONDS = 5.0
-_VERIFY_TIMEOUT_SECONDS = 5.0
 _SUSPECT_INTERVAL_SECONDS = 5.0
 _SIGNALS = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
 
@@ -86,7 +85,7 @@ class Service:
         self._notify_socket = NotifySocket(settings.runtime_dir / "notify.sock")
         self._selector.register(self._notify_socket, selectors.EVENT_READ, self._notified)
         self._state_lock = lock.take(settings.state_dir, "--state-dir")
-        self._blobs = BlobStore(settings.state_dir)
+        self._blobs = _open_blobs(settings.state_dir)
         self._repository = git.find(Path(settings.tree.base))
         self._watcher = Watcher(settings.tree, self._wake)
         self._notifier = Notifier(inherited)
@@ -126,6 +125,7 @@ class Service:
         self._verifications: list[_Verification] = []
         self._stop_clients: list[Client] = []
         self._last_live = 0
+        self._live_is_new = False
         self._changed = True
         self._housekeeping_at = self._scan_at = self._verify_at = self._suspect_at = 0.0
         self._directories = 0
@@ -226,6 +226,8 @@ class Service:
             self._scan_at = now + self._settings.scan_interval_seconds
             self._pipeline.scan(now)
             self._directories = self._watcher.directories_total
+            if self._state.live is not None and self._state.candidate is None and self._state.retry is None:
+                self._pipeline.reconsider(now, self._state.live.tree)
         if self._live is not None and now >= self._verify_at:
             self._verify_at = now + self._settings.verify_interval_seconds
             self._fleet.attest(self._live.number)
@@ -311,6 +313,25 @@ class Service:
                 self._child_metrics.end(event.number)
             self._count_downtime(now)
             self._follow_live(now)
+            if isinstance(event, lifecycle.TreeReady) and self._launching is not None:
+                self._not_launched(now)
+            if isinstance(event, lifecycle.Exited) and event.error and "PinnedSourceError" in event.error:
+                self._pipeline.heal(now)
+        if self._live_is_new:
+            self._live_is_new = False
+            self._collect_garbage()
+
+    def _not_launched(self, now: float) -> None:
+        """End a reload that needs no new process: one of its tree is on its way, or we are stopping."""
+        reload, self._launching = self._launching, None
+        if reload is None:
+            return
+        candidate = self._candidate_reload
+        if candidate is not None and candidate.tree == reload.tree:
+            candidate.on_finish += reload.on_finish  # Who asked for this one hears how that one ends.
+            reload.on_finish = []
+        reload.finish("superseded" if self._state.stopping else "unchanged", now)
+        self._reload_finished(reload)
 
     def _time_stage(self, event: lifecycle.Event, now: float) -> None:
         """Mark the end of the stage of a reload that an event of the candidate ends."""
@@ -346,8 +367,10 @@ class Service:
                 self._reporting.restarting(action)
 
     def _launch(self, generation: lifecycle.Generation, now: float) -> None:
-        reload, self._launching = self._launching, None
-        if reload is None or reload.tree != generation.tree:
+        reload = self._launching
+        if reload is not None and reload.tree == generation.tree:
+            self._launching = None
+        else:
             reload = Reload(generation.trigger, now, tree=generation.tree)
             reload.previous_tree = self._state.live.tree if self._state.live else self._state.good
         reload.generation = generation.number
@@ -383,7 +406,7 @@ class Service:
         self._child_metrics.go_live(live.number)
         self._verify_at = now + self._settings.verify_interval_seconds
         self._notifier.ready()
-        self._collect_garbage()
+        self._live_is_new = True
 
     def _collect_garbage(self) -> None:
         """Forget manifests and blobs that nothing needs any more."""
@@ -471,7 +494,7 @@ class Service:
         self._pipeline.scan(now, whole=True)
         waiting = _Verification(client, live.number, now)
         self._verifications.append(waiting)
-        self._timers.append((now + _VERIFY_TIMEOUT_SECONDS, lambda: self._verification_expired(waiting)))
+        self._timers.append((now + ANSWER_SECONDS, lambda: self._verification_expired(waiting)))
         self._fleet.attest(live.number)
 
     def _diff(self, client: Client) -> None:
@@ -509,7 +532,7 @@ class Service:
     def _verification_expired(self, waiting: _Verification) -> None:
         if waiting in self._verifications:
             self._verifications.remove(waiting)
-            error = f"generation {waiting.number} did not answer within {_VERIFY_TIMEOUT_SECONDS:g} s"
+            error = f"generation {waiting.number} did not answer within {ANSWER_SECONDS:g} s"
             waiting.client.answer({"ok": False, "error": error})
 
     def _answer_verifications(self, number: int) -> None:
@@ -533,6 +556,7 @@ class Service:
             disk=self._pipeline.disk,
             problem=self._pipeline.problem,
             stopping=self._state.stopping,
+            now=time.monotonic(),
         )
 
     def _publish(self, now: float) -> None:
@@ -581,6 +605,13 @@ def _policy(settings: Settings) -> lifecycle.Policy:
         watchdog_seconds=settings.watchdog_seconds,
         jitter=lambda: random.uniform(0.8, 1.2),  # noqa: S311 -- spreads restarts, keeps no secret
     )
+
+
+def _open_blobs(directory: Path) -> BlobStore:
+    try:
+        return BlobStore(directory)
+    except OSError as error:
+        raise UsageError(f"cannot use {directory}: {error.strerror}; name another --state-dir") from error
 
 
 def _ignore_here(_number: int, _frame: FrameType | None) -> None:

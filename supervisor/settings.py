@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.machinery
 import os
 import sys
+import sysconfig
 import tempfile
 import tomllib
 from dataclasses import dataclass
@@ -233,7 +234,8 @@ def _locate(target: Target) -> Path:
             raise UsageError(f"TARGET {script} does not exist or is not a file; name the script to run")
         if script.suffix != ".py":
             raise UsageError(f"TARGET {script} is not watched, only files that end in .py are; rename it")
-        return script.absolute().parent
+        # Python imports from beside the real file: a link to a script elsewhere is a script elsewhere.
+        return script.resolve().parent if script.is_symlink() else script.absolute().parent
     top = target.name.partition(":")[0].partition(".")[0]
     # Where the child will look: its working directory first, as with python -m.
     spec = importlib.machinery.PathFinder.find_spec(top, [str(Path.cwd()), *sys.path])
@@ -244,4 +246,20 @@ def _locate(target: Target) -> Path:
         )
     if spec.submodule_search_locations is not None:
         return Path(next(iter(spec.submodule_search_locations)))
-    return Path(str(spec.origin)).parent
+    return _not_the_environment(Path(str(spec.origin)).parent, target)
+
+
+def _not_the_environment(folder: Path, target: Target) -> Path:
+    """Refuse a default that is Python's own library or everything that is installed beside it.
+
+    Raises:
+        UsageError: it is; purging bytecode there is nobody's wish.
+    """
+    own = {
+        Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")
+    }
+    if folder.resolve() in own:
+        raise UsageError(
+            f"TARGET {target} lies in {folder}, which belongs to Python; name your code with --watch"
+        )
+    return folder

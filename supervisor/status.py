@@ -16,9 +16,12 @@ from supervisor.manifest import Manifest
 from supervisor.pipeline import Reload
 from supervisor.verify import Verdict
 
+ANSWER_SECONDS = 5.0
+"""Longest wait for an attestation; after it the last one no longer counts."""
+
 
 def in_sync_problem(
-    *, live: Running | None, disk: Manifest | None, problem: str | None, stopping: bool
+    *, live: Running | None, disk: Manifest | None, problem: str | None, stopping: bool, now: float
 ) -> str | None:
     """Return why the running code is not, or not provably, the code on disk; None if it is.
 
@@ -27,6 +30,7 @@ def in_sync_problem(
         disk: what is on disk; None if it cannot be read.
         problem: why what is on disk may not run.
         stopping: the operator asked to stop.
+        now: monotonic time.
     """
     if stopping:
         return "stopping"
@@ -38,7 +42,16 @@ def in_sync_problem(
         return problem or "the tree has changed; a reload is on its way"
     if live.verdict is None:
         return "the live generation has not been attested"
-    return live.verdict.problem
+    return live.verdict.problem or _silence(live, now)
+
+
+def _silence(live: Running, now: float) -> str | None:
+    """Return why the last proof no longer counts: no answer is no mismatch, and no match either."""
+    if live.mute:
+        return "the live generation closed its channel: nothing proves its code any more"
+    if live.asked_at is not None and now - live.asked_at > ANSWER_SECONDS:
+        return f"the live generation has not answered for {now - live.asked_at:.0f} s which code it runs"
+    return None
 
 
 def status_document(

@@ -11,6 +11,7 @@ The nonce of the request is repeated in the answer, so that an earlier answer ca
 from __future__ import annotations
 
 import ast
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _IMPORT_MACHINERY = "<frozen importlib._bootstrap>"
 _GUESS_SECONDS = 1.0
+_IMPORT_SECONDS = 5.0
 
 
 @dataclass
@@ -34,7 +36,8 @@ class Progress:
 
     A script's imports are statements of its body, which runs behind the gate: it is not yet at work while it
     stands at or before the last of them. That is a guess about foreign code (the last import may follow the
-    work), so it holds for :data:`_GUESS_SECONDS` at most; being inside the import machinery is a fact.
+    work), so it holds for :data:`_GUESS_SECONDS` at most. Being inside the import machinery is a fact, but
+    there are programs whose work runs inside an import: after :data:`_IMPORT_SECONDS` they count as at work.
 
     Attributes:
         thread: identity of the main thread.
@@ -53,14 +56,14 @@ class Progress:
         frame = sys._current_frames().get(self.thread)  # noqa: SLF001 -- documented
         while frame is not None:
             if frame.f_code.co_filename == _IMPORT_MACHINERY:
-                return True
+                return self._began_within(_IMPORT_SECONDS)
             if frame.f_code is self.body:
-                return frame.f_lineno <= self.last_import_line and self._guess_holds()
+                return frame.f_lineno <= self.last_import_line and self._began_within(_GUESS_SECONDS)
             frame = frame.f_back
-        return self.body is not None and self._guess_holds()
+        return self.body is not None and self._began_within(_GUESS_SECONDS)
 
-    def _guess_holds(self) -> bool:
-        return self.began_at is None or time.monotonic() - self.began_at < _GUESS_SECONDS
+    def _began_within(self, seconds: float) -> bool:
+        return self.began_at is None or time.monotonic() - self.began_at < seconds
 
 
 def last_import_line(source: bytes) -> int:
@@ -89,6 +92,12 @@ def report(pins: Pins, functions: Functions, nonce: str, progress: Progress) -> 
     """
     loaded = dict(sys.modules)
     importing = progress.importing()
+    # By object and not by name: some have a second name, as __mp_main__ has, and a name can be given away.
+    pinned = {
+        id(module)
+        for name, path in list(pins.modules.items())
+        if (module := loaded.get(name)) is not None and _tree_path(pins, module) == path
+    }
     return {
         "type": "attestation",
         "nonce": nonce,
@@ -99,9 +108,9 @@ def report(pins: Pins, functions: Functions, nonce: str, progress: Progress) -> 
         "unpinned": [
             {"name": name, "path": path}
             for name, module in loaded.items()
-            if (path := _tree_path(pins, module)) is not None
-            and pins.modules.get(name) != path
+            if id(module) not in pinned
             and not _came_through_the_pins(module)
+            and (path := _tree_path(pins, module)) is not None
         ],
         "functions": functions.alive(),
         # Names are bound while a module is loaded; what counts is what they hold afterwards.
@@ -120,9 +129,17 @@ def _tree_path(pins: Pins, module: Any) -> str | None:  # noqa: ANN401 -- sys.mo
     path = getattr(module, "__file__", None)
     if not isinstance(path, str) or not path.endswith((".py", ".pyc")):
         return None
-    relative = pins.relative(path)
-    return relative if relative and not _excluded(relative) else None
+    relative = pins.relative(os.path.abspath(path))
+    return relative if relative and not _excluded(os.path.dirname(os.path.abspath(path)), relative) else None
 
 
-def _excluded(relative: str) -> bool:
-    return bool({"site-packages", "node_modules", ".git"} & set(relative.split("/")))
+def _excluded(directory: str, relative: str) -> bool:
+    """Whether a directory lies in something that belongs to no tree, such as a virtual environment."""
+    parts = relative.split("/")[:-1]
+    if {"site-packages", "node_modules", ".git"} & set(parts):
+        return True
+    for _ in parts:
+        if os.path.exists(os.path.join(directory, "pyvenv.cfg")):
+            return True
+        directory = os.path.dirname(directory)
+    return False

@@ -6,10 +6,14 @@ because ``-P`` or ``-I`` would change ``sys.flags`` of the application.
 """
 
 import sys
-from importlib import import_module
-from importlib.machinery import ModuleSpec
-from importlib.util import module_from_spec
-from pathlib import Path
+
+PLAIN_MODULES = frozenset(sys.modules)
+"""What plain Python has loaded at this point; all that follows is loaded for us, not for the application."""
+
+from importlib import import_module  # noqa: E402
+from importlib.machinery import ModuleSpec  # noqa: E402
+from importlib.util import module_from_spec  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 PRIVATE_PACKAGE = "_wa_supervisor_child"
 """The name that the child's own modules have in ``sys.modules``; no tree would choose it."""
@@ -24,4 +28,4 @@ def load_program() -> object:
 
 
 if __name__ == "__main__":
-    load_program().run(int(sys.argv[1]))  # type: ignore[attr-defined]
+    load_program().run(int(sys.argv[1]), PLAIN_MODULES)  # type: ignore[attr-defined]

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import os
 import sys
 from collections.abc import Iterator
 from types import CodeType, FunctionType, ModuleType
@@ -108,8 +109,8 @@ class Functions:
         """Return the relative path of the source that a code object names, None outside the tree."""
         name = code.co_filename
         if name not in self._paths:
-            relative = self._pins.relative(name)
-            self._paths[name] = relative if relative and self._pins.has_source(relative) else None
+            found = (self._pins.relative(spelling) for spelling in (name, os.path.realpath(name)))
+            self._paths[name] = next((r for r in found if r is not None and self._pins.has_source(r)), None)
         return self._paths[name]
 
 

@@ -75,6 +75,19 @@ class Pins:
                 return path[len(base.rstrip(os.sep)) + 1 :].replace(os.sep, "/")
         return None
 
+    def top_level_names(self) -> set[str]:
+        """Return the names of what can be imported from some directory of the tree on ``sys.path``."""
+        names = set()
+        for path in self._sources:
+            directory, _, file = path.rpartition("/")
+            if file == "__init__.py":
+                directory, _, name = directory.rpartition("/")
+            else:
+                name = file.removesuffix(".py")
+            if f"{directory}/__init__.py" not in self._sources:
+                names.add(name)
+        return names
+
     def holds_root(self, directory: str) -> bool:
         """Whether a directory lies outside the tree and a root lies directly in it."""
         return self.relative(directory) is None and any(
@@ -242,6 +255,15 @@ def install(pins: Pins) -> None:
             raise ImportError(f"{entry} is outside the tree")
         return PinnedFinder(pins, path, relative)
 
+    def get_code(loader: SourceFileLoader, fullname: str) -> CodeType | None:
+        relative = pins.relative(os.path.abspath(loader.path))
+        if relative is not None and pins.has_source(relative):
+            return pins.compile(relative, loader.path, fullname)
+        return ordinary(loader, fullname)
+
+    # Who loads a file of the tree by its path (plugins, editable installs) does it through this class.
+    ordinary = SourceFileLoader.get_code
+    SourceFileLoader.get_code = get_code  # type: ignore[method-assign, assignment]
     sys.path_hooks.insert(0, hook)
     sys.path_importer_cache.clear()
 

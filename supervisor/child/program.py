@@ -64,6 +64,8 @@ class _Channel:
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
+        self._identity = _identity(connection.fileno())
+        self._abandoned = False
         self._decoder = frames.Decoder()
         self._sending = threading.Lock()
         self._early: list[frames.Frame] = []
@@ -80,10 +82,25 @@ class _Channel:
     def send(self, frame: frames.Frame) -> None:
         """Send a frame; a supervisor that is gone is noticed by the thread that reads."""
         with self._sending:
+            if not self.ours:
+                return
             try:
                 self._connection.sendall(frames.encode(frame))
             except OSError:
                 return
+
+    @property
+    def ours(self) -> bool:
+        """Whether the descriptor is still the channel: an application may close what it did not open."""
+        return not self._abandoned and _identity(self._connection.fileno()) == self._identity
+
+    def abandon(self) -> None:
+        """Let go of the channel in a process that the application forked: it speaks for its parent alone."""
+        self._sending = threading.Lock()
+        if self.ours:
+            os.close(self._connection.fileno())
+        self._abandoned = True
+        self._connection.detach()
 
     def serve(self, pins: pinned.Pins, progress: attest.Progress) -> None:
         """Answer the supervisor until it is gone, and end this process then (runs in a thread)."""
@@ -97,13 +114,15 @@ class _Channel:
                     self.send(attest.report(pins, live, str(frame.get("nonce")), progress))
                 elif frame.get("type") == "go":
                     self.gate.set()
+            if not self.ours:
+                return  # The supervisor sees that this end is closed; the application goes on.
             # A timeout of the socket would bound the sends of the main thread, too.
             if _readable(self._connection, max(0.0, next_metrics - time.monotonic())):
                 try:
                     pending = frames.receive(self._connection, self._decoder)
                 except OSError:
                     pending = []
-                if not pending:
+                if not pending and self.ours:
                     _end_orphan()
             else:
                 pending = []
@@ -122,11 +141,12 @@ class _Channel:
             self.send({"type": "metrics", "families": [metrics.failure(str(error))]})
 
 
-def run(descriptor: int) -> NoReturn:
+def run(descriptor: int, plain_modules: frozenset[str]) -> NoReturn:
     """Run one child from its start message to its exit.
 
     Args:
         descriptor: of the inherited stream socket to the supervisor.
+        plain_modules: names that plain Python has in ``sys.modules`` when it starts a program.
     """
     os.set_inheritable(descriptor, False)
     channel = _Channel(socket.socket(fileno=descriptor))
@@ -136,8 +156,11 @@ def run(descriptor: int) -> NoReturn:
         manifest = json.load(file)
     pins = pinned.Pins(manifest["base"], manifest["roots"], manifest["sources"], start["blobs"])
     pinned.install(pins)
+    for name in pins.top_level_names() & sys.modules.keys() - plain_modules:
+        del sys.modules[name]  # We hold what we use of the standard library; the name is the tree's.
     main = ModuleType("__main__")
     sys.modules["__main__"] = main
+    os.register_at_fork(after_in_child=channel.abandon)
     progress = attest.Progress(threading.get_ident())
     _thread.start_new_thread(channel.serve, (pins, progress))
     _end(channel, lambda: _live(channel, start["target"], main, pins, progress))
@@ -163,16 +186,17 @@ def _prepare(target: dict[str, Any], main: ModuleType, pins: pinned.Pins) -> _Ap
     kind, name, arguments = target["kind"], target["name"], target["arguments"]
     if kind == "script":
         path = os.path.abspath(name)
-        sys.path[0] = os.path.dirname(os.path.realpath(path))
+        _set_first_path(os.path.dirname(os.path.realpath(path)))
         sys.argv = [name, *arguments]
-        relative = pins.relative(path)
-        if relative is None or not pins.has_source(relative):
+        spellings = (pins.relative(spelling) for spelling in (path, os.path.realpath(path)))
+        relative = next((r for r in spellings if r is not None and pins.has_source(r)), None)
+        if relative is None:
             raise ImportError(f"the script {path} is not in the watched tree")
         code = pins.compile(relative, path, "__main__")
         main.__file__ = path
         main.__dict__["__cached__"] = None
         return _Application(lambda: _execute(code, main), code)
-    sys.path[0] = os.getcwd()
+    _set_first_path(os.getcwd())
     if kind == "module":
         return _prepare_module(name, arguments, main, pins)
     module_name, _, attribute = name.partition(":")
@@ -199,6 +223,12 @@ def _prepare_module(name: str, arguments: list[str], main: ModuleType, pins: pin
     main.__spec__, main.__loader__, main.__package__ = spec, spec.loader, spec.parent
     sys.argv = [spec.origin or name, *arguments]
     return _Application(lambda: _execute(code, main), code)
+
+
+def _set_first_path(directory: str) -> None:
+    """Put a directory where plain Python puts it: in place of ours, unless it was told not to (``-P``)."""
+    if not sys.flags.safe_path:
+        sys.path[0] = directory
 
 
 def _execute(code: CodeType, main: ModuleType) -> None:
@@ -271,6 +301,15 @@ def _end_orphan() -> NoReturn:
     time.sleep(_ORPHAN_GRACE_SECONDS)
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError("SIGKILL does not return")
+
+
+def _identity(descriptor: int) -> tuple[int, int] | None:
+    """Return what tells an open file from another one that has got its number, None if it is closed."""
+    try:
+        facts = os.fstat(descriptor)
+    except OSError:
+        return None
+    return facts.st_dev, facts.st_ino
 
 
 def _readable(connection: socket.socket, timeout_seconds: float) -> bool:

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import py_compile
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from pathlib import Path
 from py_compile import PycInvalidationMode
 from typing import BinaryIO
 from unittest.mock import patch
+
+from tests.supervisor.harness import SUPERVISOR
 
 MAIN = """\
 import os, signal, sys
@@ -55,6 +58,7 @@ cli.main()
 """The supervisor, with somebody who saves a file at the one moment between two of its stages."""
 
 _SECOND_NS = 1_000_000_000
+_DROPPED = "-dac_override,-dac_read_search"
 
 
 def value(text: str) -> bytes:
@@ -304,6 +308,25 @@ def link_turned(bench: Bench) -> None:
     turned.replace(bench.source)
 
 
+def unreadable(bench: Bench) -> None:
+    bench.source.write_bytes(NEW)
+    bench.source.chmod(0)
+
+
+def readable(bench: Bench) -> None:
+    bench.source.chmod(0o644)
+
+
+def becomes_a_pipe(bench: Bench) -> None:
+    bench.source.unlink()
+    os.mkfifo(bench.source)
+
+
+def becomes_a_file(bench: Bench) -> None:
+    bench.source.unlink()
+    bench.source.write_bytes(NEW)
+
+
 def cache(bench: Bench, mode: PycInvalidationMode = PycInvalidationMode.TIMESTAMP) -> None:
     """Write the bytecode that another process would, from the source as it is."""
     py_compile.compile(str(bench.source), doraise=True, invalidation_mode=mode)
@@ -320,9 +343,23 @@ def hooked_supervisor(folder: Path) -> Path:
     """Return a ``wa-supervisor`` that saves what is armed between its stages."""
     script = folder / "hooked.py"
     script.write_text(HOOKED, encoding="utf-8")
+    return _command(folder, [sys.executable, str(script)])
+
+
+def bound_supervisor(folder: Path) -> Path | None:
+    """Return a ``wa-supervisor`` that permission bits bind, whoever runs it; None where there is none."""
+    if os.getuid() != 0:
+        return SUPERVISOR
+    setpriv = shutil.which("setpriv")
+    if setpriv is None:
+        return None
+    return _command(folder, [setpriv, f"--bounding-set={_DROPPED}", str(SUPERVISOR)])
+
+
+def _command(folder: Path, words: list[str]) -> Path:
     # A shell's and not a `#!` of the interpreter, whose path may hold a space.
     path = folder / "wa-supervisor"
-    path.write_text(f'#!/bin/sh\nexec {shlex.join((sys.executable, str(script)))} "$@"\n', encoding="utf-8")
+    path.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n', encoding="utf-8")
     path.chmod(0o755)
     return path
 

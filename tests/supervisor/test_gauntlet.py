@@ -28,6 +28,7 @@ import pytest
 
 from supervisor import bytecode, launch, verify
 from supervisor.blobs import BlobStore
+from supervisor.errors import SourceError
 from supervisor.launch import LaunchRequest
 from supervisor.manifest import Manifest, Snapshot, Tree, scan
 from supervisor.settings import Target
@@ -41,6 +42,7 @@ EXIT_DIFFERS = 3
 LIVE = r"reload \(\w+\): live"
 
 Stage = Literal["hashed", "compiled", "importing"]
+Reason = Literal["syntax", "import"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Step:
     edit: Edit
     runs: str = "new"
     stale: str | None = None
-    rejected: Literal["syntax"] | None = None
+    rejected: Reason | None = None
     says: str = ""
     overtaken: Stage | None = None
 
@@ -75,6 +77,8 @@ class Row:
         prepare: what the tree needs before anybody looks at it.
         environment: of the supervisor, its children and plain Python.
         arguments: of the supervisor.
+        bound: permission bits must bind, so the stages cannot run in a test process that may be root's; the
+            row has only its supervised driver.
     """
 
     name: str
@@ -82,6 +86,7 @@ class Row:
     prepare: Edit = lambda _: None
     environment: tuple[tuple[str, str], ...] = ()
     arguments: tuple[str, ...] = ()
+    bound: bool = False
 
 
 def unseen(name: str, old: bytes, new: bytes, runs: str, *, stale: str) -> Row:
@@ -102,7 +107,7 @@ def table(word: str) -> bytes:
 
 
 LATIN = "# -*- coding: latin-1 -*-\n"
-SCANNED = ("--scan-interval=0.1",)  # No event tells of an edit outside the tree.
+SCANNED = ("--scan-interval=0.1",)  # No event tells of an edit outside the tree, or of a mode.
 
 GAUNTLET = (
     Row("same size in the same second", (Step(by.in_the_same_second, stale="old"),)),
@@ -153,13 +158,31 @@ GAUNTLET = (
     unseen("CRLF", b"VALUE = 'old'\r\n", b"VALUE = 'new'\r\n", "new", stale="old"),
     unseen("5 MB of data", table("old"), table("new"), "new", stale="old"),
     Row("0 bytes", (Step(by.planted(b""), "empty", stale="old"), Step(by.writes(by.NEW)))),
+    Row(
+        "no permission to read",
+        (
+            Step(by.unreadable, "old", rejected="import", says="Permission denied"),
+            Step(by.readable),
+        ),
+        arguments=SCANNED,
+        bound=True,
+    ),
+    Row(
+        "pipe in place of a source",
+        (
+            Step(by.becomes_a_pipe, "old", rejected="import", says="not a regular file"),
+            Step(by.becomes_a_file),
+        ),
+    ),
     rejected("syntax error", b"VALUE = = 'new'\n", "answer.py, line 1: invalid syntax"),
     rejected("undecodable", b"VALUE = '\xff\xfe'\n", "answer.py"),
     rejected("NUL bytes", b"VALUE = 'new'\0\n", "null bytes"),
 )
 
 
-ROWS = [pytest.param(row, id=row.name) for row in GAUNTLET]
+def rows(*, bound: bool) -> list[object]:
+    """Return the table for a driver, with or without the rows that need permission bits that bind."""
+    return [pytest.param(row, id=row.name) for row in GAUNTLET if bound or not row.bound]
 
 
 def control_arm(bench: Bench, step: Step) -> None:
@@ -262,7 +285,7 @@ def _attestation(child: launch.Child) -> dict[str, object]:
     pytest.fail("no attestation")
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", rows(bound=False))
 def test_stage_by_stage(row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench.make(tmp_path, dict(row.environment))
     row.prepare(bench)
@@ -273,7 +296,7 @@ def test_stage_by_stage(row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         step.edit(bench)
         control_arm(bench, step)
         if step.rejected is not None:
-            assert step.says in str(stages.compile(stages.look()))
+            assert step.says in _rejection(stages, step.rejected)
         elif step.overtaken is not None:
             _be_overtaken(stages, bench, step.overtaken)
         if step.rejected is None:
@@ -282,6 +305,14 @@ def test_stage_by_stage(row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             ran = stages.run(found)
             assert (ran.said, ran.verdict.problem, ran.verdict.on_disk) == (step.runs, None, True)
             assert bench.plain() == step.runs
+
+
+def _rejection(stages: Stages, reason: Reason) -> str:
+    if reason == "import":
+        with pytest.raises(SourceError) as caught:
+            stages.look()
+        return str(caught.value)
+    return str(stages.compile(stages.look()))
 
 
 def _be_overtaken(stages: Stages, bench: Bench, when: Stage) -> None:
@@ -307,14 +338,21 @@ def _be_overtaken(stages: Stages, bench: Bench, when: Stage) -> None:
 
 @pytest.fixture
 def supervise(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, not_checked: Callable[[str], None]
 ) -> Iterator[Callable[[Row, Bench], Supervised]]:
     """Start the supervisor that a row needs."""
     with ExitStack() as stack:
 
         def start(row: Row, bench: Bench) -> Supervised:
-            if any(step.overtaken for step in row.steps):
-                monkeypatch.setattr(harness, "SUPERVISOR", by.hooked_supervisor(tmp_path))
+            command: Path | None = harness.SUPERVISOR
+            if row.bound:
+                command = by.bound_supervisor(tmp_path)
+            elif any(step.overtaken for step in row.steps):
+                command = by.hooked_supervisor(tmp_path)
+            if command is None:
+                not_checked(f"{row.name}: root reads everything, and there is no setpriv")
+                pytest.skip("root reads everything, and there is no setpriv")
+            monkeypatch.setattr(harness, "SUPERVISOR", command)
             started = Supervised(tmp_path, [*row.arguments, "main.py"], bench.root, bench.environment)
             stack.callback(started.end)
             return started
@@ -322,7 +360,7 @@ def supervise(
         yield start
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", rows(bound=True))
 def test_supervised(row: Row, tmp_path: Path, supervise: Callable[[Row, Bench], Supervised]) -> None:
     bench = Bench.make(tmp_path, dict(row.environment))
     row.prepare(bench)
