@@ -49,6 +49,10 @@ _SELECT = f"SELECT rowid, {', '.join(_COLUMNS)} FROM messages"  # noqa: S608 -- 
 _LOCKED = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 _DAMAGED = {sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT}
 _MAX_ID_CHARACTERS = 255
+# WhatsApp began in 2009. Outside these years a time is garbage, and at the ends of the calendar it cannot even be
+# moved to another zone.
+_FIRST_YEAR = 2009
+_LAST_YEAR = 2100
 _PRIMARY_CODE_MASK = 0xFF  # an extended result code holds its primary one in the low byte
 
 
@@ -286,4 +290,6 @@ def _instant(value: object) -> datetime:
         raise ValueError(f"its timestamp {_escaped(value)!r} is no time") from None
     if instant.tzinfo is None:
         raise ValueError(f"its timestamp {value!r} has no offset, so it names no instant")
+    if not _FIRST_YEAR <= instant.year <= _LAST_YEAR:
+        raise ValueError(f"its timestamp {value!r} is outside the years {_FIRST_YEAR} to {_LAST_YEAR}")
     return instant

@@ -221,9 +221,11 @@ def _address(text: str) -> tuple[str, int]:
 
 def _is_within(script: Path, tree: Tree) -> bool:
     """Whether a script lies below a root, by the root's name or by its real place."""
-    path = Path(os.path.normpath(script.absolute()))
+    spellings = (Path(os.path.normpath(script.absolute())), script.resolve())
     roots = [Path(root) for root in tree.roots]
-    return any(path.is_relative_to(root) or path.is_relative_to(root.resolve()) for root in roots)
+    return any(
+        path.is_relative_to(place) for path in spellings for root in roots for place in (root, root.resolve())
+    )
 
 
 def _locate(target: Target) -> Path:

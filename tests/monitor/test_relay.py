@@ -385,6 +385,23 @@ def test_poisoned_messages_become_dead_letters_and_hold_up_nobody(
     assert _outcomes(rows) == {"dead_letter": 2, "drops": 1}
 
 
+@pytest.mark.parametrize(
+    "written", ["9999-12-31 23:59:59+00:00", "0001-01-01 00:00:00+02:00", "2008-12-31 10:00:00+00:00"]
+)
+def test_time_that_cannot_be_meant_is_a_dead_letter_and_stops_nothing(
+    bridge: SyntheticBridge, relay_once: RelayOnce, rows: Rows, written: str
+) -> None:
+    _post(bridge, PHONE, "DR1000001")
+    with closing(sqlite3.connect(bridge.messages_db, isolation_level=None)) as connection:
+        connection.execute("UPDATE messages SET timestamp = ?", (written,))
+    _post(bridge, PHONE, "DR1000002")
+    relay_once()
+    relay_once()
+    assert [row[0] for row in rows(SENDERS)] == ["DR1000002"]
+    ((reason,),) = rows("SELECT reason FROM wa_monitor.dead_letter")
+    assert "outside the years" in reason
+
+
 def test_drop_that_a_constraint_refuses_becomes_a_dead_letter_alone(
     bridge: SyntheticBridge, relay_once: RelayOnce, rows: Rows
 ) -> None:

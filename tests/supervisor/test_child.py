@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import select
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -481,3 +483,84 @@ def test_prints_tell_constants_apart_and_forget_places() -> None:
     assert print_of("def f(): return {1, 2} == x in {'a', 'b'}") == print_of(
         "def f():\n  return {1, 2} == x in {'a', 'b'}"
     )
+
+
+def test_main_under_a_second_name_is_no_alarm(stepped: Generation, fifo: Path) -> None:
+    assert tell(fifo, "import multiprocessing, sys; result['alias'] = '__mp_main__' in sys.modules") == {
+        "alias": True
+    }
+    assert stepped.verdict().problem is None
+
+
+def test_name_given_to_another_module_of_the_tree_is_an_alarm(
+    stepped: Generation, tree: Path, fifo: Path
+) -> None:
+    (tree / "planted.py").write_text("VALUE = 1\n", encoding="utf-8")
+    code = (
+        "import importlib.util, sys, later\n"
+        f"spec = importlib.util.spec_from_file_location('later', {str(tree / 'planted.py')!r})\n"
+        "sys.modules['later'] = module = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(module)"
+    )
+    assert tell(fifo, code) == {}
+    assert stepped.verdict().problem == "module later (planted.py) was loaded around the pinned imports"
+
+
+@pytest.mark.parametrize("registered", [True, False])
+def test_plugin_loaded_by_its_path_is_pinned(
+    stepped: Generation, tree: Path, fifo: Path, *, registered: bool
+) -> None:
+    (tree / "later.py").write_text("VALUE = 'new'\n", encoding="utf-8")
+    code = (
+        "import importlib.util, sys\n"
+        "spec = importlib.util.spec_from_file_location('plugin', 'later.py')\n"
+        "module = importlib.util.module_from_spec(spec)\n"
+        f"if {registered}: sys.modules['plugin'] = module\n"
+        "spec.loader.exec_module(module); result['value'] = module.VALUE"
+    )
+    assert tell(fifo, code) == {"value": "pinned"}
+    assert "later.py" in {module.path for module in stepped.attest().modules if module.sha256}
+
+
+def test_modules_named_like_the_standard_library_are_those_of_the_tree(
+    tree: Path, generation: Callable[..., Generation], capfd: pytest.CaptureFixture[str]
+) -> None:
+    names = ["json", "ast", "struct", "traceback", "hashlib", "linecache", "select"]
+    for name in names:
+        (tree / f"{name}.py").write_text("MINE = True\n", encoding="utf-8")
+    imports = ", ".join(names)
+    (tree / "main.py").write_text(
+        f"import {imports}\nprint([hasattr(m, 'MINE') for m in ({imports})], flush=True)\n", encoding="utf-8"
+    )
+    plain = subprocess.run([sys.executable, "main.py"], cwd=tree, capture_output=True, text=True, check=True)
+    one = generation()
+    one.go()
+    os.waitid(os.P_PID, one.child.pid, os.WEXITED | os.WNOWAIT)
+    assert capfd.readouterr().out == plain.stdout == f"{[True] * len(names)}\n"
+
+
+def test_forked_process_of_the_application_does_not_speak_for_it(stepped: Generation, fifo: Path) -> None:
+    code = """
+import os, sys, prometheus_client
+counter = prometheus_client.Counter("jobs", "Jobs.")
+counter.inc(100)
+pid = os.fork()
+if pid == 0:
+    counter.inc(900)
+    sys.modules["__main__"].say = lambda _: sys.exit(0)  # Through our frames, as the application.
+else:
+    result["status"] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+"""
+    assert tell(fifo, code)["status"] == 0
+    families = {family["name"]: family for family in stepped.frame("metrics")["families"]}
+    values = [value for name, _, value in families["jobs"]["samples"] if name == "jobs_total"]
+    assert values == [100.0]
+    assert stepped.verdict().problem is None
+
+
+def test_application_that_closes_every_descriptor_goes_on(stepped: Generation, fifo: Path) -> None:
+    assert tell(fifo, "import os; os.closerange(3, 256)") == {}
+    with pytest.raises(EOFError):
+        stepped.frame("metrics")
+    assert tell(fifo, "result['alive'] = True") == {"alive": True}
+    assert not stepped.child.ended

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -555,3 +556,95 @@ def test_folder_that_cannot_be_written_is_reported_and_no_failure(
                 process.terminate()
     assert "bytecode is not writable" in said
     assert "serving 1" in said
+
+
+def test_script_behind_a_link_is_watched_where_it_lies(
+    supervise: Supervise, tree: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "app.py").symlink_to(tree / "main.py")
+    started = supervise("app.py", cwd=tmp_path / "bin")
+    started.expect(f"watching {tree} ")
+    started.expect("no module|ModuleNotFoundError|serving 1")
+
+
+def test_program_that_works_inside_an_import_is_taken_as_started(supervise: Supervise, tree: Path) -> None:
+    (tree / "main.py").write_text("import bot\n", encoding="utf-8")
+    (tree / "bot.py").write_text("import time\nprint('at work', flush=True)\nwhile True: time.sleep(60)\n")
+    started = supervise("--stop-timeout=1", "main.py", cwd=tree)
+    started.expect("at work")
+    started.expect(LIVE)
+
+
+def test_proof_that_cannot_be_renewed_no_longer_counts(supervise: Supervise, tree: Path) -> None:
+    pipe = tree.parent / "go"
+    os.mkfifo(pipe)
+    write(tree, "VALUE = 1\n")
+    (tree / "main.py").write_text(
+        "import os, sys, time\nprint('serving', flush=True)\nopen(os.environ['GO']).read()\n"
+        'other = "import time; print(1 + 1, flush=True); time.sleep(600)"\n'
+        "os.execv(sys.executable, [sys.executable, '-c', other])\n",
+        encoding="utf-8",
+    )
+    started = supervise("--stop-timeout=1", "main.py", cwd=tree, GO=str(pipe))
+    started.expect(LIVE)
+    assert started.status()["in_sync"]
+    pipe.write_text("", encoding="utf-8")
+    started.expect("^2$")
+    status = started.status()
+    assert not status["in_sync"]
+    assert "closed its channel" in status["reason"]
+    assert series(started, "wa_supervisor_code_in_sync") == 0
+
+
+def test_lost_blobs_are_written_anew(supervise: Supervise, tree: Path, tmp_path: Path) -> None:
+    started = supervise("main.py", cwd=tree)
+    started.expect(LIVE)
+    for blob in (tmp_path / "state" / "blobs").iterdir():
+        blob.write_bytes(b"#" * blob.stat().st_size)
+    started.live().kill()
+    started.expect("PinnedSourceError")
+    started.expect(r"reload \((start|crash|scan)\): live")
+    assert started.command("verify").returncode == 0
+
+
+def test_asking_for_a_reload_sweeps_bytecode_that_was_planted_beside_equal_sources(
+    supervise: Supervise, tree: Path
+) -> None:
+    import py_compile  # noqa: PLC0415
+
+    source = tree / "modules" / "answer.py"
+    look = [
+        sys.executable,
+        "-c",
+        "import sys; sys.path.insert(0, 'modules'); import answer; print(answer.VALUE)",
+    ]
+    started = supervise("main.py", cwd=tree)
+    started.expect(LIVE)
+    old = tree / "old.txt"
+    old.write_text("VALUE = 0\n", encoding="utf-8")
+    cached = importlib.util.cache_from_source(str(source))
+    py_compile.compile(
+        str(old),
+        cfile=cached,
+        dfile=str(source),
+        invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
+    )
+    plain = subprocess.run(look, cwd=tree, capture_output=True, text=True, check=True)
+    assert plain.stdout == "0\n", "void: plain Python was expected to run the planted code"
+    assert started.reload()["outcome"] == "unchanged"
+    assert subprocess.run(look, cwd=tree, capture_output=True, text=True, check=True).stdout == "1\n"
+
+
+def test_unusable_state_directory_is_one_sentence(supervise: Supervise, tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "blobs").touch()
+    started = supervise("main.py", cwd=tree)
+    assert started.process.wait(20) == 2
+    assert "name another --state-dir" in started.output.join()
+
+
+def test_python_itself_is_never_the_default_tree(supervise: Supervise, tree: Path) -> None:
+    started = supervise("os:abort", cwd=tree)
+    assert started.process.wait(20) == 2
+    assert "belongs to Python; name your code with --watch" in started.output.join()

@@ -1,0 +1,74 @@
+"""Two things at once: the supervisor's own queue, fed by hand in orders that are hard to hit from outside."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from supervisor.lifecycle import Attested, Generation, Stage, State, TreeReady
+from supervisor.manifest import Manifest
+from supervisor.pipeline import Reload
+from supervisor.service import Service
+from supervisor.settings import Options, Target, resolve
+
+
+@pytest.fixture
+def service(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
+    """A supervisor whose loop does not turn."""
+    monkeypatch.chdir(tree)
+    options = Options(
+        runtime_dir=str(tmp_path / "run"), state_dir=str(tmp_path / "state"), listen="127.0.0.1:0"
+    )
+    created = Service(resolve(Target("script", "main.py"), options), {})
+    yield created
+    for number in range(1, 4):
+        created._fleet.kill(number)
+    while created._fleet.manifests:
+        created._fleet.reap()
+    created._close()
+
+
+def manifest(service: Service, mark: str) -> Manifest:
+    made = Manifest.of(service._settings.tree, {"main.py": mark * 64})
+    service._manifests[made.digest] = made
+    return made
+
+
+def candidate(service: Service, tree: Manifest) -> Reload:
+    now = time.monotonic()
+    started = Generation(1, tree.digest, "watch", Stage.STARTED, now, now + 30, was_started=True)
+    service._state = State(candidate=started, next_number=2)
+    service._reloads[1] = Reload("watch", now, tree=tree.digest)
+    return service._reloads[1]
+
+
+def test_build_that_ends_as_a_candidate_goes_live_is_launched(service: Service) -> None:
+    older, newer = manifest(service, "a"), manifest(service, "b")
+    candidate(service, older)
+    service._launching = Reload("watch", time.monotonic(), tree=newer.digest)
+    service._events.extend([Attested(1, None), TreeReady(newer.digest, "watch")])
+    service._decide()
+    assert service._state.live is not None
+    assert service._state.live.tree == older.digest
+    assert service._state.candidate is not None
+    assert service._state.candidate.tree == newer.digest
+
+
+def test_reload_whose_tree_is_on_its_way_already_ends_with_it(service: Service) -> None:
+    tree = manifest(service, "a")
+    under_way = candidate(service, tree)
+    told: list[str | None] = []
+    asked = Reload("cli", time.monotonic(), tree=tree.digest)
+    asked.on_finish.append(lambda reload: told.append(reload.outcome))
+    service._launching = asked
+    service._events.append(TreeReady(tree.digest, "cli"))
+    service._decide()
+    assert asked.outcome == "unchanged"
+    assert told == []
+    service._events.append(Attested(1, None))
+    service._decide()
+    assert under_way.outcome == "live"
+    assert told == ["live"]
