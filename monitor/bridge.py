@@ -49,8 +49,8 @@ _SELECT = f"SELECT rowid, {', '.join(_COLUMNS)} FROM messages"  # noqa: S608 -- 
 _LOCKED = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 _DAMAGED = {sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT}
 _MAX_ID_CHARACTERS = 255
-# WhatsApp began in 2009. Outside these years a time is garbage, and at the ends of the calendar it cannot even be
-# moved to another zone.
+# WhatsApp began in 2009. Outside these years a time is garbage, and at the ends of the calendar it cannot
+# even be moved to another zone.
 _FIRST_YEAR = 2009
 _LAST_YEAR = 2100
 _PRIMARY_CODE_MASK = 0xFF  # an extended result code holds its primary one in the low byte

@@ -12,6 +12,7 @@ its password.
 Rejected: an ORM and a pool. There is one connection, in one thread, and every statement is in `queries.sql`.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,12 @@ from monitor.settings import DatabaseUrl
 _CONNECT_TIMEOUT_SECONDS = 10
 _KEEPALIVE_SECONDS = 5
 _NAME = "-- name: "
+_MAX_PORT = 65535
+# What libpq says of an option before it connects anywhere, by its text: it has no codes for that.
+_WRONG_OPTION = re.compile(
+    r"connection is bad: (?:invalid (?P<option>[a-z_]+)|definition of service|service file)"
+)
+_AUTHORITY = re.compile(r"[a-z]+://(?P<authority>[^/?]*)", re.IGNORECASE)
 # What the server says about a value, not about itself: a length, a constraint, a trigger's objection.
 _REFUSALS = (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.RaiseException)
 
@@ -61,14 +68,17 @@ class Database:
         in.
         """
         parameters = _parameters(url)
-        place = _place(parameters)
+        named = _names_its_parts(url)
+        place = _place(parameters) if named else "the address in DATABASE_URL"
         try:
             connection = psycopg.connect(
                 make_conninfo("", **parameters), autocommit=True, prepare_threshold=None
             )
         except psycopg.Error as error:
+            _refuse_wrong_option(error)
+            reason = _reason(error, parameters) if named else "written without USER:PASSWORD@, so not shown"
             raise StoreUnavailableError(
-                f"PostgreSQL at {place} cannot be reached ({_reason(error, parameters)});"
+                f"PostgreSQL at {place} cannot be reached ({reason});"
                 " check that it runs and that DATABASE_URL names it"
             ) from None
         return cls(connection, place)
@@ -153,12 +163,43 @@ def _parameters(url: DatabaseUrl) -> dict[str, Any]:
         # An unescaped @ or / in the password: parts of it would pass for host, port or name in every error
         # text.
         raise ConfigError("DATABASE_URL is ambiguous; percent-encode @ : / ? # in its password (%40 for @)")
+    if not all(_is_port(port) for port in str(parameters.get("port") or "5432").split(",")):
+        raise ConfigError(
+            "DATABASE_URL has a port that is no number from 1 to 65535 (not shown, it may be a password);"
+            " write postgresql://USER:PASSWORD@HOST:PORT/NAME"
+        )
     parameters.setdefault("connect_timeout", _CONNECT_TIMEOUT_SECONDS)
     parameters.setdefault("application_name", "wa-monitor")
     parameters.setdefault("keepalives_idle", _KEEPALIVE_SECONDS)
     parameters.setdefault("keepalives_interval", _KEEPALIVE_SECONDS)
     parameters["client_encoding"] = "utf8"
     return parameters
+
+
+def _is_port(text: str) -> bool:
+    return text.isascii() and text.isdigit() and 0 < int(text) <= _MAX_PORT
+
+
+def _names_its_parts(url: DatabaseUrl) -> bool:
+    """Tell whether host, port and name can be what they seem.
+
+    In a URL with an authority and no `@` in it, user and password may have taken their places.
+    """
+    found = _AUTHORITY.match(url.reveal().strip())
+    return found is None or not found["authority"] or "@" in found["authority"]
+
+
+def _refuse_wrong_option(error: psycopg.Error) -> None:
+    """Raise `ConfigError` for an option that no server was even asked about; its value is not quoted."""
+    found = _WRONG_OPTION.match(_first_line(error))
+    if found is None and not isinstance(error, psycopg.ProgrammingError):
+        return
+    option = "service" if found is None else (found["option"] or "service")
+    if isinstance(error, psycopg.ProgrammingError):
+        option = "connect_timeout"
+    raise ConfigError(
+        f"DATABASE_URL has an option with a wrong value: {option}; correct or remove it"
+    ) from None
 
 
 def _place(parameters: Mapping[str, Any]) -> str:

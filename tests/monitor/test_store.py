@@ -400,6 +400,13 @@ def test_process_under_a_supervisor_shows_only_what_it_added() -> None:
         "postgresql://monitor:s3cret/word@db.example/wa",
         "postgresql://monitor:s3cret-word@db.example/wa?pasword=s3cret-word",
         "not a url s3cret-word",
+        "postgresql://monitor:s3cret-word:5432/wa",
+        "postgresql://monitor:s3cret-word/wa",
+        "postgresql://monitor:ok@db.example:s3cret-word/wa",
+        "postgresql://monitor:ok@db.example:99999/wa",
+        "postgresql://monitor:ok@127.0.0.1:1/wa?sslmode=s3cret-word",
+        "postgresql://monitor:ok@127.0.0.1:1/wa?service=s3cret-word",
+        "postgresql://monitor:ok@127.0.0.1:1/wa?connect_timeout=s3cret-word",
     ],
 )
 def test_wrong_url_is_refused_without_quoting_it(url: str) -> None:
@@ -422,6 +429,21 @@ def test_unreachable_server_is_named_without_the_password(url: str) -> None:
         connect(DatabaseUrl(url))
     assert "s3cret" not in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://monitor:1/s3cret-word",
+        "postgresql://monitor:2?application_name=s3cret-word",
+        "postgresql://s3cret-word",
+    ],
+)
+def test_url_without_an_at_sign_shows_none_of_its_parts(url: str) -> None:
+    with pytest.raises(StoreUnavailableError, match="cannot be reached") as caught:
+        connect(DatabaseUrl(url))
+    assert "s3cret" not in str(caught.value)
+    assert "monitor" not in str(caught.value)
 
 
 def test_missing_url_names_both_remedies() -> None:
