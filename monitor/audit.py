@@ -5,8 +5,9 @@ store and nothing with `identity`, so it finds what a faulty resolver has stored
 digest of the code that stored it, from the events: after a fault one wants to know which version it was, and
 since when.
 
-A LID that stands is a failure (exit status 1). Senders that are pending are not: they are what happens when
-the map does not know somebody yet, and they complete themselves.
+A LID that stands is a failure (exit status 1), and so is a dead letter: a message that could not be stored.
+Senders that are pending are not: they are what happens when the map does not know somebody yet, and they
+complete themselves.
 """
 
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class DeadLetters:
-    """Messages that cannot be stored."""
+    """Messages that could not be stored, and are tried again at each start."""
 
     project: str
     reason: str
@@ -74,8 +75,8 @@ class Findings:
 
     @property
     def failed(self) -> bool:
-        """Tell whether a LID stands in the table."""
-        return bool(self.standing)
+        """Tell whether a LID stands in the table, or a message could not be stored."""
+        return bool(self.standing or self.dead_letters)
 
     def to_json(self) -> bytes:
         """Return the findings as JSON: the fields above, times in ISO form, and `failed`."""

@@ -105,6 +105,15 @@ class Bridge:
         file = self._messages.refresh()
         return _page(self._select("ORDER BY rowid DESC LIMIT ?", 1), Place(file=file)).end
 
+    def find(self, ids: Sequence[tuple[str, str]]) -> list[Message | Unreadable]:
+        """Return the messages of these chats and keys, as far as they are still there under their own id."""
+        self._messages.refresh()
+        return [
+            row
+            for chat_jid, key in ids
+            for row in self._select("WHERE id = ? AND chat_jid = ?", key, chat_jid)
+        ]
+
     def known(self) -> Known:
         """Return the LID map and the bridge's own account; the same object as long as nothing changed.
 
@@ -124,7 +133,7 @@ class Bridge:
         self._messages.close()
         self._map.close()
 
-    def _select(self, rest: str, *parameters: int) -> list[Message | Unreadable]:
+    def _select(self, rest: str, *parameters: int | str) -> list[Message | Unreadable]:
         return [_parse(row) for row in self._messages.query(f"{_SELECT} {rest}", *parameters)]
 
     def _read_known(self) -> Known:
@@ -163,7 +172,7 @@ class _ReadOnlyFile:
             self._open(current)
         return current
 
-    def query(self, statement: str, *parameters: int) -> list[Any]:
+    def query(self, statement: str, *parameters: int | str) -> list[Any]:
         """Run one statement to its end and return all rows."""
         if self._connection is None:
             raise BridgeError(f"{self._path} is not open")

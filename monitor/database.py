@@ -121,6 +121,12 @@ class Database:
         """Turn the driver's errors into ours."""
         try:
             yield
+        except psycopg.errors.NotNullViolation as error:
+            # We leave no column empty that we know may not be, so the column is somebody's new one.
+            raise StoreSchemaError(
+                f"table {error.diag.table_name} in {self.place} demands a value in its column"
+                f" {error.diag.column_name}, which the monitor does not write; give the column a default"
+            ) from error
         except _REFUSALS as error:
             raise StoreRefusedError(_reason_of(error)) from error
         except psycopg.ProgrammingError as error:

@@ -20,7 +20,8 @@ INSERT INTO wa_monitor.migration (version) VALUES (%(version)s)
 
 -- name: review_columns
 -- What the dashboard's table looks like here.
-SELECT column_name::text, data_type::text
+SELECT column_name::text, data_type::text, character_maximum_length,
+       is_nullable = 'NO' AND column_default IS NULL AND is_identity = 'NO' AND is_generated = 'NEVER' AS demanded
 FROM information_schema.columns
 WHERE table_schema = 'public' AND table_name = 'qa_photo_reviews'
 
@@ -83,22 +84,31 @@ UPDATE wa_monitor.cursor SET totals = %(totals)s, renewed_at = clock_timestamp()
 WHERE source = %(source)s AND epoch = %(epoch)s
 
 -- name: known_messages
--- Which of these messages are in the ledger, and with what content.
-SELECT chat_jid, message_key, content_hash
-FROM wa_monitor.message
-JOIN unnest(%(chat_jids)s::text[], %(keys)s::text[]) AS asked (chat_jid, message_key) USING (chat_jid, message_key)
-WHERE source = %(source)s
+-- What the ledger says of these messages. One look-up by primary key for each: a join reads the whole ledger as soon
+-- as the planner thinks so, and it only ever grows. (OFFSET 0 keeps the look-up from being turned into that join.)
+SELECT asked.chat_jid, asked.message_key, found.content_hash, found.outcome
+FROM unnest(%(chat_jids)s::text[], %(keys)s::text[]) AS asked (chat_jid, message_key)
+CROSS JOIN LATERAL (SELECT content_hash, outcome FROM wa_monitor.message AS message
+                    WHERE message.source = %(source)s AND message.chat_jid = asked.chat_jid
+                      AND message.message_key = asked.message_key
+                    OFFSET 0) AS found
 
 -- name: known_events
 -- Which drops of these messages are stored already (an edited message is only good for its new ones).
-SELECT chat_jid, message_key, drop_number
-FROM wa_monitor.drop_event
-JOIN unnest(%(chat_jids)s::text[], %(keys)s::text[]) AS asked (chat_jid, message_key) USING (chat_jid, message_key)
-WHERE source = %(source)s
+SELECT asked.chat_jid, asked.message_key, found.drop_number
+FROM unnest(%(chat_jids)s::text[], %(keys)s::text[]) AS asked (chat_jid, message_key)
+CROSS JOIN LATERAL (SELECT drop_number FROM wa_monitor.drop_event AS event
+                    WHERE event.source = %(source)s AND event.chat_jid = asked.chat_jid
+                      AND event.message_key = asked.message_key
+                    OFFSET 0) AS found
 
 -- name: standing_drops
 -- Which of these drops have a row, in whatever project.
-SELECT DISTINCT drop_number::text, project::text FROM public.qa_photo_reviews WHERE drop_number = ANY (%(numbers)s)
+SELECT DISTINCT asked.number, found.project
+FROM unnest(%(numbers)s::text[]) AS asked (number)
+CROSS JOIN LATERAL (SELECT project::text FROM public.qa_photo_reviews AS review
+                    WHERE review.drop_number = asked.number
+                    OFFSET 0) AS found
 
 -- name: insert_reviews
 -- New drops. What the row holds after the write comes back and is judged.
@@ -158,6 +168,16 @@ FROM unnest(%(chat_jids)s::text[], %(keys)s::text[], %(projects)s::text[], %(rea
 ON CONFLICT (source, chat_jid, message_key) DO UPDATE
 SET reason = excluded.reason, tree = excluded.tree, generation = excluded.generation, failed_at = now()
 
+-- name: dead_letters
+-- Which messages were refused, oldest first.
+SELECT chat_jid, message_key FROM wa_monitor.dead_letter WHERE source = %(source)s ORDER BY failed_at, message_key
+
+-- name: forget_dead_letters
+-- They could be stored, or need not be, after all.
+DELETE FROM wa_monitor.dead_letter AS letter
+USING unnest(%(chat_jids)s::text[], %(keys)s::text[]) AS settled (chat_jid, message_key)
+WHERE letter.source = %(source)s AND letter.chat_jid = settled.chat_jid AND letter.message_key = settled.message_key
+
 -- name: remember_mappings
 INSERT INTO wa_monitor.lid_seen (lid, phone)
 SELECT * FROM unnest(%(lids)s::text[], %(phones)s::text[])
@@ -165,23 +185,29 @@ ON CONFLICT DO NOTHING
 
 -- name: pending
 -- Everything that waits for the map, oldest first, so that of two senders of one row the first to have posted wins.
-SELECT chat_jid, message_key, drop_number, project, sender, review_id
+SELECT chat_jid, message_key, drop_number, pending.project, pending.sender, pending.review_id,
+       coalesce(event.kind, 'new')
 FROM wa_monitor.pending
+LEFT JOIN wa_monitor.drop_event AS event USING (source, chat_jid, message_key, drop_number)
 WHERE source = %(source)s
-ORDER BY since, chat_jid, message_key
+ORDER BY pending.since, chat_jid, message_key
 
 -- name: complete_review
--- The map knows the sender now. Guarded: a row that has got a sender meanwhile keeps it. Nothing else is touched, not
--- even updated_at, because nobody resubmitted anything.
+-- The map knows the sender now. Guarded: a row that has got a sender meanwhile keeps it, unless it is this sender's own
+-- LID, which a faulty version put there. Nothing else is touched, not even updated_at, because nobody resubmitted
+-- anything.
 UPDATE public.qa_photo_reviews
 SET submitted_by = %(phone)s,
-    user_name = CASE WHEN user_name = ANY (%(placeholders)s) THEN %(phone)s ELSE user_name END
-WHERE drop_number = %(number)s AND id::text = %(review_id)s AND submitted_by IS NULL
+    user_name = CASE WHEN user_name = ANY (%(placeholders)s) OR user_name = %(unresolved)s
+                THEN %(phone)s ELSE user_name END
+WHERE drop_number = %(number)s AND id::text = %(review_id)s
+  AND (submitted_by IS NULL OR submitted_by = %(unresolved)s) AND submitted_by IS DISTINCT FROM %(phone)s
 RETURNING submitted_by::text, user_name::text
 
 -- name: complete_event
+-- Which code filled in the sender, and when; the phone only if it is one.
 UPDATE wa_monitor.drop_event
-SET phone = coalesce(phone, %(phone)s), resolved_at = now(), resolved_tree = %(tree)s
+SET phone = coalesce(phone, %(known_phone)s), resolved_at = now(), resolved_tree = %(tree)s
 WHERE source = %(source)s AND chat_jid = %(chat_jid)s AND message_key = %(key)s AND drop_number = %(number)s
 
 -- name: delete_pending

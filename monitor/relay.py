@@ -35,14 +35,14 @@ from monitor.bridge import LOOK_BACK_ROWS, Bridge, Page
 from monitor.cursor import Claim, Cursor, Owner
 from monitor.database import Database, connect
 from monitor.drops import find_drops
-from monitor.errors import ConfigError, MonitorError, StoreError
+from monitor.errors import ConfigError, MonitorError, StoreError, StoreRefusedError
 from monitor.identity import Known, OwnMessage, Phone, Rules, identify
 from monitor.logs import log
 from monitor.messages import Message, Place, Unreadable
 from monitor.metrics import MonitorMetrics
 from monitor.notify import Notifier
 from monitor.projects import Project, Projects
-from monitor.schema import prepare
+from monitor.schema import check_reviews, prepare
 from monitor.settings import Settings
 from monitor.store import Decided, PendingDrop, Store, StoredDrop
 
@@ -183,7 +183,7 @@ class Relay:
             self._metrics.update(totals=seen.totals)
         writer = _Writer(
             bridge,
-            Store(database, held, self._projects),
+            Store(database, held, self._projects, check_table=check_reviews),
             database,
             seen,
             self._settings,
@@ -192,6 +192,7 @@ class Relay:
             metrics=self._metrics,
         )
         writer.look_back()
+        writer.retry_dead_letters()
         while not self._stop.requested:
             found_work = writer.turn()
             self._turn_completed()
@@ -286,6 +287,20 @@ class _Writer:
             overlap = max(0, self._place.rowid - LOOK_BACK_ROWS)
             self._go_back(overlap if page.rescan_from is None else page.rescan_from, page.end.file)
 
+    def retry_dead_letters(self) -> None:
+        """Try once more what was refused, as far as it is not read again anyway.
+
+        What was refused may have been the table's fault, or a former version's.
+        """
+        ids = self._store.dead_letters()
+        known = self._bridge.known()
+        for first in range(0, len(ids), BATCH_MESSAGES):
+            found = self._bridge.find(ids[first : first + BATCH_MESSAGES])
+            rows = [row for row in found if row.rowid <= self._place.rowid]
+            if rows:
+                self._store_rows(rows, self._place, known)
+            self._notifier.alive()
+
     def turn(self) -> bool:
         """Do everything that there is to do once; return whether there was a batch: more may follow."""
         known = self._bridge.known()
@@ -320,9 +335,12 @@ class _Writer:
             completed, totals = self._store.complete(found[first : first + BATCH_MESSAGES], known)
             self._metrics.update(totals=totals)
             for one in completed:
-                log.info("Resolved LID %s -> %s for %s", one.drop.sender, one.phone.digits, one.drop.number)
                 if one.judgement == "lid":
                     self._raise_alarm(one.drop.number, one.drop.project)
+                elif one.judgement is not None:
+                    log.info(
+                        "Resolved LID %s -> %s for %s", one.drop.sender, one.phone.digits, one.drop.number
+                    )
         self._known = known
 
     def _phone(self, drop: PendingDrop, known: Known) -> Phone | None:
@@ -332,17 +350,19 @@ class _Writer:
 
     def _store_page(self, page: Page, known: Known) -> None:
         """Decide and store one batch."""
-        wanted = [row for row in page.rows if not self._is_too_old(row)]
-        written = self._store.write(
-            self._place, [self._decide(row, known) for row in wanted], page.end, known
-        )
-        self._place = page.end
-        self._renewal.done()
+        self._store_rows([row for row in page.rows if not self._is_too_old(row)], page.end, known)
         self._report_times(page.rows)
+
+    def _store_rows(self, rows: Sequence[Message | Unreadable], end: Place, known: Known) -> None:
+        """Decide about these rows and store them with the new place; show what came of it."""
+        written = self._store.write(self._place, [self._decide(row, known) for row in rows], end, known)
+        self._place = end
+        self._renewal.done()
         self._metrics.update(totals=written.totals)
         for drop in written.stored:
             self._log_drop(drop)
         for (chat_jid, key), reason in written.dead.items():
+            self._metrics.count_error(StoreRefusedError.label)
             log.error("Dead letter: message %s in %s: %s", key, chat_jid, reason)
         if written.stored:
             self._count.next_seconds = min(self._count.next_seconds, time.monotonic())

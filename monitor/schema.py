@@ -2,8 +2,8 @@
 
 The rule: our tables are ours to create and to migrate, forward only and each step once; `qa_photo_reviews`
 belongs to another application and is created only where it does not exist, never altered. If it lacks a
-column that the monitor uses, or has one of another kind, that is said in one sentence and the monitor does
-not become ready: a writer that starts anyway loses every drop (an outage of 21 hours began that way).
+column that the monitor uses, or has one of another kind, or demands what the monitor does not write, that is
+said in one sentence and the monitor does not become ready: a writer that starts anyway loses every drop (an outage of 21 hours began that way).
 
 A database that a newer version has migrated further is accepted: going back to the last good code must work,
 so migrations only add.
@@ -43,6 +43,14 @@ _NEEDED: Mapping[str, frozenset[str] | None] = {
     "updated_at": _SOME_TIME,
 }
 
+# Columns that every new row fills; any other one must be nullable or have a default. `submitted_by` is not
+# among them: it is empty as long as the sender has no phone.
+_FILLED = frozenset(
+    {"drop_number", "user_name", "project", "whatsapp_message_date", "review_date", "comment"}
+)
+# Characters that the longest value needs: DR and eight digits, an identity of twenty digits, our own note.
+_WIDTHS = {"drop_number": 10, "user_name": 20, "submitted_by": 20, "comment": 60}
+
 
 def prepare(database: Database) -> None:
     """Migrate our schema, create the dashboard's table where there is none, and check it.
@@ -65,12 +73,28 @@ def require(database: Database) -> None:
 
 def check_reviews(database: Database) -> None:
     """Check that `qa_photo_reviews` has what the monitor reads and writes."""
-    present: dict[str, str] = dict(database.rows("review_columns"))
+    columns = database.rows("review_columns")
+    if not columns:
+        raise StoreSchemaError(
+            f"database {database.place} has no table qa_photo_reviews that this user may see;"
+            " check that DATABASE_URL names the right database"
+        )
+    present: dict[str, str] = {name: kind for name, kind, _, _ in columns}
     missing = [column for column in _NEEDED if column not in present]
     wrong = [
         f"{column} is {present[column]}"
         for column, types in _NEEDED.items()
         if types is not None and column in present and present[column] not in types
+    ]
+    wrong += [
+        f"{name} holds only {width} characters"
+        for name, _, width, _ in columns
+        if width is not None and width < _WIDTHS.get(name, 0)
+    ]
+    wrong += [
+        f"{name} is NOT NULL without a default"
+        for name, *_, demanded in columns
+        if demanded and name not in _FILLED
     ]
     if missing or wrong:
         faults = ([f"no column {', '.join(missing)}"] if missing else []) + wrong

@@ -10,7 +10,10 @@ the row holds afterwards is judged from the row (`judgement`), and only counted:
 opinion about identities.
 
 A message that PostgreSQL refuses for what it is (a constraint, a value too long) must not hold up the rest:
-the batch is tried again message by message, each in a savepoint, and that one becomes a dead letter.
+the batch is tried again message by message, each in a savepoint, and that one becomes a dead letter. Before
+that the table itself is checked: one that has changed so that it takes no drop at all is nobody's dead letter
+but an error that stops the cursor. A dead letter is no verdict for ever: whenever its message is read again,
+it is tried again.
 
 A drop whose sender has no phone yet is stored at once: `submitted_by` stays NULL, which the dashboard knows
 from rows typed in by hand, `user_name` (NOT NULL) gets a placeholder, and the row is completed when the map
@@ -22,7 +25,7 @@ resubmission is.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from typing import Literal
@@ -33,7 +36,7 @@ from monitor import cursor
 from monitor.cursor import Claim
 from monitor.database import Database
 from monitor.errors import StoreRefusedError, StoreUnavailableError
-from monitor.identity import Known, Lid, Phone, Sender
+from monitor.identity import Known, Lid, Phone, Sender, parse_jid
 from monitor.judgement import PENDING_NAME, UNKNOWN_NAME, Judgement, judge
 from monitor.messages import Message, Place, Unreadable
 from monitor.projects import Project, Projects
@@ -42,6 +45,9 @@ from monitor.totals import Kind, Totals
 # The day a drop counts for begins at midnight in South Africa, which has no daylight saving; a fixed offset
 # needs no time zone database on the host.
 BUSINESS_ZONE = timezone(timedelta(hours=2), "SAST")
+
+_NOT_FOR_EVER = frozenset({"dead_letter", "other_chat", "disabled_project"})
+"""Outcomes that another projects file, table or version of the code may change."""
 
 Outcome = Literal["drops", "no_drop", "own_message", "other_chat", "disabled_project", "dead_letter"]
 _MessageId = tuple[str, str]
@@ -99,11 +105,12 @@ class PendingDrop:
     project: str
     sender: str
     review_id: str
+    kind: Kind
 
 
 @dataclass(frozen=True, slots=True)
 class Completed:
-    """A drop that was pending and has its phone now."""
+    """A drop that was pending and whose row was filled in, or need not be any more."""
 
     drop: PendingDrop
     phone: Phone
@@ -125,13 +132,21 @@ class Store:
     """Writer for one source under one claim.
 
     Every method that writes raises `CursorLostError`, having written nothing, when another process has taken
-    over.
+    over. `check_table` raises `StoreSchemaError` when the dashboard's table does not fit (any more).
     """
 
-    def __init__(self, database: Database, held: Claim, projects: Projects) -> None:
+    def __init__(
+        self,
+        database: Database,
+        held: Claim,
+        projects: Projects,
+        *,
+        check_table: Callable[[Database], None],
+    ) -> None:
         self._database = database
         self._held = held
         self._projects = projects
+        self._check_table = check_table
 
     def write(self, start: Place, decided: Sequence[Decided], end: Place, known: Known) -> Written:
         """Store a batch that was read after `start` and move the cursor to `end`.
@@ -140,7 +155,7 @@ class Store:
         """
         with self._database.transaction():
             totals = self._lock(start)
-            fresh = self._not_in_ledger(decided)
+            fresh, counted_before = self._not_in_ledger(decided)
             stored, dead = self._store_drops([one for one in fresh if one.drops], known)
             dead |= {
                 one.id: one.message.reason
@@ -148,7 +163,7 @@ class Store:
                 if isinstance(one.message, Unreadable) and one.outcome == "dead_letter"
             }
             self._record(fresh, dead)
-            totals += _count(fresh, stored)
+            totals += _count([one for one in fresh if one.id not in counted_before], stored)
             self._move(end, totals)
         return Written(stored, dead, totals)
 
@@ -161,15 +176,30 @@ class Store:
         """Return the drops that wait for their sender, oldest first."""
         return [PendingDrop(*row) for row in self._database.rows("pending", {"source": self._held.source})]
 
+    def dead_letters(self) -> list[_MessageId]:
+        """Return chat and key of the messages that were refused, oldest first."""
+        return [(chat, key) for chat, key in self._database.rows("dead_letters", self._ids([]))]
+
     def complete(
         self, found: Sequence[tuple[PendingDrop, Phone]], known: Known
     ) -> tuple[list[Completed], Totals]:
-        """Fill in the phones of senders that were pending; return what was done and the totals after it."""
+        """Fill in the phones of senders that were pending; return what was done and the totals after it.
+
+        Counted as resolved is what holds a phone afterwards. A row that holds a LID then counts as a drop
+        stored with one, and goes on waiting: this is a third way into the table, judged like the others.
+        """
         with self._database.transaction():
             totals = self._lock(None)
             done = [self._complete(drop, phone, known) for drop, phone in found]
             completed = [one for one in done if one is not None]
-            totals += Totals(resolved=len(completed))
+            totals += Totals(
+                resolved=sum(one.judgement == "phone" for one in completed),
+                drops=Counter(
+                    (one.drop.project, one.judgement, one.drop.kind)
+                    for one in completed
+                    if one.judgement == "lid"
+                ),
+            )
             self._database.run("set_totals", {**self._held.key, "totals": Jsonb(totals.to_json())})
         return completed, totals
 
@@ -200,17 +230,28 @@ class Store:
             "move", {**self._held.key, **cursor.place_parameters(place), "totals": Jsonb(totals.to_json())}
         )
 
-    def _not_in_ledger(self, decided: Sequence[Decided]) -> list[Decided]:
-        """Leave out what was dealt with before; of an edited message only its new drops remain."""
+    def _not_in_ledger(self, decided: Sequence[Decided]) -> tuple[list[Decided], set[_MessageId]]:
+        """Leave out what was dealt with before; of an edited message only its new drops remain.
+
+        Dead letters, and messages of groups that were not ours then, are not dealt with. Returned second are
+        the dead letters among them, which the totals have counted already.
+        """
         asked = {one.id: one for one in decided}
         known = {
-            (chat, key): content_hash
-            for chat, key, content_hash in self._database.rows("known_messages", self._ids(asked))
+            (chat, key): (content_hash, outcome)
+            for chat, key, content_hash, outcome in self._database.rows("known_messages", self._ids(asked))
         }
-        fresh = [one for one in asked.values() if known.get(one.id) != one.message.content_hash]
-        edited = [one.id for one in fresh if one.id in known]
+        settled = {one: found[0] for one, found in known.items() if found[1] not in _NOT_FOR_EVER}
+        dead = {one for one, found in known.items() if found[1] == "dead_letter"}
+        fresh = [one for one in asked.values() if settled.get(one.id) != one.message.content_hash]
+        return self._without_stored_drops(fresh, [one.id for one in fresh if one.id in known]), dead
+
+    def _without_stored_drops(
+        self, fresh: Sequence[Decided], edited: Collection[_MessageId]
+    ) -> list[Decided]:
+        """Leave out the drops that are stored already of messages that the ledger knows."""
         if not edited:
-            return fresh
+            return list(fresh)
         stored = {
             (chat, key, number)
             for chat, key, number in self._database.rows("known_events", self._ids(edited))
@@ -228,6 +269,7 @@ class Store:
             with self._database.transaction():
                 return self._write_drops(decided, known), {}
         except StoreRefusedError as error:
+            self._check_table(self._database)
             if len(decided) == 1:
                 return [], {decided[0].id: str(error)}
         stored: list[StoredDrop] = []
@@ -327,6 +369,8 @@ class Store:
     def _record(self, fresh: Sequence[Decided], dead: Mapping[_MessageId, str]) -> None:
         """Enter messages into the ledger, and those that could not be stored into the dead letters."""
         if fresh:
+            alive = [one.id for one in fresh if one.outcome != "dead_letter" and one.id not in dead]
+            self._database.run("forget_dead_letters", self._ids(alive))
             self._database.run(
                 "record_messages",
                 {
@@ -355,27 +399,38 @@ class Store:
     def _complete(self, drop: PendingDrop, phone: Phone, known: Known) -> Completed | None:
         """Give one row its sender, note it in the event, and take it off the waiting list.
 
-        None if the table refuses the value: the drop goes on waiting, and holds up no other.
+        None if nothing was done: the table refuses the value, or what stands there is no phone and was put
+        there before. The drop goes on waiting then, and holds up no other.
         """
-        event = {
+        is_phone = self._judge((phone.digits, None), known) == "phone"
+        event: dict[str, object] = {
             "source": self._held.source,
             "chat_jid": drop.chat_jid,
             "key": drop.key,
             "number": drop.number,
             "review_id": drop.review_id,
             "phone": phone.digits,
+            "known_phone": phone.digits if is_phone else None,
+            "unresolved": parse_jid(drop.sender).user,
             "placeholders": [PENDING_NAME, UNKNOWN_NAME],
             "tree": self._held.owner.tree,
         }
         try:
             with self._database.transaction():
                 rows = self._database.rows("complete_review", event)
-                self._database.run("complete_event", event)
-                self._database.run("delete_pending", event)
+                judgement = self._judge(rows[0], known) if rows else None
+                settled = is_phone and judgement in {None, "phone"}
+                if rows or settled:
+                    self._database.run("complete_event", event)
+                if settled:
+                    self._database.run("delete_pending", event)
         except StoreRefusedError:
             return None
-        judgement = judge(*rows[0], lids=known.phone_of, phones=known.lid_of) if rows else None
-        return Completed(drop, phone, judgement)
+        return Completed(drop, phone, judgement) if rows or settled else None
+
+    @staticmethod
+    def _judge(row: Sequence[str | None], known: Known) -> Judgement:
+        return judge(*row, lids=known.phone_of, phones=known.lid_of)
 
     def _ids(self, ids: Collection[_MessageId]) -> dict[str, object]:
         return {

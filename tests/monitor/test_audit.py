@@ -72,15 +72,17 @@ def test_lid_of_another_writer_has_no_code_to_show(relay_once: Any, database_url
     assert (standing.project, standing.tree, standing.since, standing.rows) == ("", None, None, 1)
 
 
-def test_senders_that_wait_and_dead_letters_are_shown_and_fail_nothing(
+def test_senders_that_wait_fail_nothing_and_dead_letters_do(
     bridge: SyntheticBridge, relay_once: Any, database_url: str
 ) -> None:
     _post(bridge, "3000000000013", "DR1000001")
     _post(bridge, "258821234567", "DR1000002")
+    relay_once()
+    assert not _audit(database_url).failed
     _post(bridge, PHONE, "DR1000003\0")
     relay_once()
     findings = _audit(database_url)
-    assert not findings.failed
+    assert findings.failed
     assert sorted((one.kind, one.drops) for one in findings.waiting) == [("pending", 1), ("unknown", 1)]
     assert [letter.messages for letter in findings.dead_letters] == [1]
 

@@ -464,7 +464,75 @@ def test_sender_that_the_table_refuses_goes_on_waiting_and_holds_up_no_other(
     assert rows("SELECT drop_number FROM wa_monitor.pending") == [("DR1000001",)]
 
 
+def _refused(metrics: MonitorMetrics) -> float:
+    (family,) = [found for found in metrics.collect() if found.name == "wa_monitor_store_errors"]
+    return next(sample.value for sample in family.samples if sample.labels["error"] == "store_refused")
+
+
+def test_dead_letter_is_counted_and_stored_at_the_first_start_that_the_table_lets_it(
+    bridge: SyntheticBridge, relay_once: RelayOnce, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    relay_once()
+    rows("ALTER TABLE qa_photo_reviews ADD CONSTRAINT no CHECK (drop_number <> 'DR1000002')")
+    for number in (1, 2, 3, 4):
+        _post(bridge, PHONE, f"DR100000{number}")
+    assert _refused(relay_once()) == 1
+    monkeypatch.setattr("monitor.relay.LOOK_BACK_ROWS", 1)  # the message is not read again by itself
+    assert _refused(relay_once()) == 1
+    rows("ALTER TABLE qa_photo_reviews DROP CONSTRAINT no")
+    metrics = relay_once()
+    assert [row[0] for row in rows(SENDERS)] == [f"DR100000{number}" for number in (1, 2, 3, 4)]
+    assert rows("SELECT count(*) FROM wa_monitor.dead_letter") == [(0,)]
+    assert _outcomes(rows) == {"drops": 4}
+    assert _refused(metrics) == 0
+    (family,) = [found for found in metrics.collect() if found.name == "wa_monitor_messages"]
+    assert next(sample.value for sample in family.samples if sample.labels["project"] == "Northfield") == 4
+
+
 # errors that are not the message's
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence", "back"),
+    [
+        ("ADD zz text NOT NULL", "zz", "ALTER zz DROP NOT NULL"),
+        (
+            "ALTER user_name TYPE varchar(10)",
+            "user_name holds only 10 characters",
+            "ALTER user_name TYPE varchar(100)",
+        ),
+    ],
+)
+def test_table_that_changes_under_a_running_monitor_stops_the_cursor_and_makes_no_dead_letter(
+    bridge: SyntheticBridge,
+    start_monitor: Any,
+    rows: Rows,
+    eventually: Any,
+    *,
+    change: str,
+    sentence: str,
+    back: str,
+) -> None:
+    monitor = start_monitor()
+    monitor.await_message("writing")
+    rows(f"ALTER TABLE qa_photo_reviews {change}")
+    for number in range(5):
+        _post(bridge, PHONE, f"DR100000{number}")
+    assert sentence in monitor.await_message(sentence)
+    monitor.await_message("WATCHDOG=1")
+    assert rows("SELECT count(*) FROM wa_monitor.dead_letter") == [(0,)]
+    rows(f"ALTER TABLE qa_photo_reviews {back}")
+    eventually(lambda: len(rows(SENDERS)) == 5)
+    assert monitor.stop() == 0
+
+
+def test_column_that_the_monitor_does_not_fill_is_refused_at_the_start(
+    relay_once: RelayOnce, rows: Rows
+) -> None:
+    relay_once()
+    rows("ALTER TABLE qa_photo_reviews ADD tenant integer NOT NULL, ALTER submitted_by SET NOT NULL")
+    with pytest.raises(StoreSchemaError, match=r"submitted_by is NOT NULL.*tenant is NOT NULL"):
+        relay_once()
 
 
 def test_dropped_column_stores_nothing_and_moves_no_cursor(

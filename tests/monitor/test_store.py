@@ -24,7 +24,7 @@ from monitor.identity import Known, Phone, parse_jid
 from monitor.messages import Place
 from monitor.metrics import MonitorMetrics
 from monitor.projects import load_projects
-from monitor.schema import prepare
+from monitor.schema import check_reviews, prepare
 from monitor.settings import DatabaseUrl
 from monitor.store import Store
 from monitor.totals import Totals
@@ -132,7 +132,7 @@ def test_single_pass_beside_a_running_monitor_is_refused_and_names_it(
 def test_former_owner_writes_nothing(database: Database, projects_file: Path, rows: Rows) -> None:
     held = _claim(database, _elsewhere())
     assert held is not None
-    store = Store(database, held, load_projects(projects_file))
+    store = Store(database, held, load_projects(projects_file), check_table=check_reviews)
     rows("UPDATE wa_monitor.cursor SET epoch = epoch + 1")
     with pytest.raises(CursorLostError):
         store.write(Place(), [], Place(rowid=9), Known())
@@ -146,7 +146,7 @@ def test_owner_whose_place_moved_under_it_writes_nothing(
 ) -> None:
     held = _claim(database, _elsewhere())
     assert held is not None
-    store = Store(database, held, load_projects(projects_file))
+    store = Store(database, held, load_projects(projects_file), check_table=check_reviews)
     rows("UPDATE wa_monitor.cursor SET place_rowid = 5")
     with pytest.raises(CursorLostError):
         store.write(Place(rowid=3), [], Place(rowid=9), Known())
@@ -356,17 +356,41 @@ def test_fault_in_the_decision_is_seen_in_the_rows_and_asks_the_supervisor_once(
     assert values["wa_monitor_lid_rows", "Northfield"] == 2
 
 
-def test_fault_that_completes_a_waiting_row_with_a_lid_is_seen_too(
+def test_fault_that_completes_a_waiting_row_with_a_lid_is_counted_and_healed_by_the_right_code(
     bridge: SyntheticBridge, relay_once: Any, rows: Rows, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
+    late = "3000000000013"
     bridge.map_lid(LID, PHONE)
-    _post(bridge, 1, "3000000000013")
+    _post(bridge, 1, late)
+    _post(bridge, 2, "4000000000011")  # never mapped: the fault fills it in as well
     relay_once()
-    monkeypatch.setattr("monitor.relay.identify", _everything_is_a_phone)
-    bridge.map_lid("3000000000013", "258821234567")
-    relay_once()
-    assert rows("SELECT submitted_by FROM qa_photo_reviews") == [("3000000000013",)]
+    with monkeypatch.context() as faulty:
+        faulty.setattr("monitor.relay.identify", _everything_is_a_phone)
+        bridge.map_lid(late, "258821234567")
+        relay_once()
+        bridge.map_lid("5000000000019", "258841234567")
+        metrics = relay_once()
+    assert rows("SELECT submitted_by FROM qa_photo_reviews ORDER BY drop_number")[0] == (late,)
+    assert rows("SELECT phone FROM wa_monitor.drop_event") == [(None,), (None,)]
+    assert rows("SELECT count(*) FROM wa_monitor.pending") == [(2,)]
     assert "LID stored as a sender: DR1000001" in caplog.text
+    assert _values(metrics)["wa_monitor_drops_stored_total", "Northfield", "lid", "new"] == 1
+    assert _values(metrics)["wa_monitor_lid_resolved_total",] == 0
+    metrics = relay_once()
+    assert rows("SELECT submitted_by, user_name FROM qa_photo_reviews ORDER BY drop_number")[0] == (
+        "258821234567",
+        "258821234567",
+    )
+    assert rows("SELECT drop_number FROM wa_monitor.pending") == [("DR1000002",)]
+    assert _values(metrics)["wa_monitor_lid_resolved_total",] == 1
+
+
+def _values(metrics: MonitorMetrics) -> dict[tuple[str, ...], float]:
+    return {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in metrics.collect()
+        for sample in family.samples
+    }
 
 
 # what each process shows of the totals
