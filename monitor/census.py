@@ -29,7 +29,8 @@ def lids_of(known: Known) -> list[str]:
 
 def lid_rows(database: Database, known: Known) -> dict[str, int]:
     """Return how many rows hold a LID now, by project (empty for rows without one)."""
-    return dict(database.rows("count_lid_rows", {"lids": lids_of(known)}))
+    with database.patient_transaction():
+        return dict(database.rows("count_lid_rows", {"lids": lids_of(known)}))
 
 
 def pending_drops(database: Database, source: str) -> int:

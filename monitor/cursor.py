@@ -84,6 +84,8 @@ class Cursor:
     renewed_at: datetime
     place: Place
     since: datetime | None
+    since_rowid: int | None
+    """Rows after this one arrived after the first start with `--since now`: ours, whenever they were sent."""
     totals: Totals
     created_at: datetime
 
@@ -112,7 +114,8 @@ def look(database: Database, source: str) -> Cursor | None:
     rows = database.rows("look", {"source": source})
     if not rows:
         return None
-    epoch, host, pid, started, released, expired, renewed_at, *place, since, totals, created_at = rows[0]
+    epoch, host, pid, started, released, expired, renewed_at, *rest = rows[0]
+    *place, since, since_rowid, totals, created_at = rest
     return Cursor(
         epoch=epoch,
         owner=Owner(host, pid, started),
@@ -121,6 +124,7 @@ def look(database: Database, source: str) -> Cursor | None:
         renewed_at=renewed_at,
         place=Place(*place),
         since=since,
+        since_rowid=since_rowid,
         totals=Totals.from_json(totals),
         created_at=created_at,
     )
@@ -134,9 +138,11 @@ def begin(
     lease_seconds: float,
     place: Place,
     since: datetime | None,
+    since_rowid: int | None = None,
 ) -> None:
     """Create the row for a source that has none, released, so that it is then claimed like any other."""
-    database.run("begin", {**_owner(source, owner, lease_seconds), **place_parameters(place), "since": since})
+    beginning = {"since": since, "since_rowid": since_rowid}
+    database.run("begin", {**_owner(source, owner, lease_seconds), **place_parameters(place), **beginning})
 
 
 def claim(database: Database, source: str, seen: Cursor, owner: Owner, lease_seconds: float) -> Claim | None:
@@ -155,13 +161,16 @@ def claim(database: Database, source: str, seen: Cursor, owner: Owner, lease_sec
 
 def renew(database: Database, held: Claim) -> None:
     """Show a sign of life; raises `CursorLostError` when somebody else has taken over."""
-    if database.run("renew", held.key) == 0:
+    with database.patient_transaction():
+        renewed = database.run("renew", held.key)
+    if renewed == 0:
         raise lost(held)
 
 
 def release(database: Database, held: Claim) -> None:
     """Say that this owner has finished; the next one takes over at its next look."""
-    database.run("release", held.key)
+    with database.patient_transaction():
+        database.run("release", held.key)
 
 
 def lost(held: Claim) -> CursorLostError:

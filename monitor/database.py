@@ -89,6 +89,16 @@ class Database:
         with self._explained(), self._connection.transaction():
             yield
 
+    @contextmanager
+    def patient_transaction(self) -> Iterator[None]:
+        """Run the block in one transaction that waits for locks and statements, but not for ever.
+
+        A wait that is too long raises `StoreUnavailableError`: it may be tried again.
+        """
+        with self.transaction():
+            self.rows("limit_waits")
+            yield
+
     def rows(self, name: str, parameters: Parameters | None = None) -> list[tuple[Any, ...]]:
         """Run the named statement and return its rows."""
         with self._explained(), self._connection.cursor() as cursor:

@@ -9,7 +9,7 @@ A *drop space* is the set of projects among which a drop number is unique: the s
 one space is a resubmission, in another space it is a new drop.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -95,7 +95,7 @@ def _yaml_fault(error: yaml.YAMLError) -> str:
     return " ".join(str(error).split())
 
 
-def _check(projects: Iterable[Project], path: Path) -> None:
+def _check(projects: Sequence[Project], path: Path) -> None:
     """Refuse what no single entry shows: repeated names and groups, and types that nothing stores yet."""
     names: set[str] = set()
     groups: set[str] = set()
@@ -111,3 +111,5 @@ def _check(projects: Iterable[Project], path: Path) -> None:
             )
         names.add(project.name)
         groups.add(project.group_jid)
+    if not any(project.enabled for project in projects):
+        raise ConfigError(f"projects file {path}: no project is enabled; set enabled: true for one of them")

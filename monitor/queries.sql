@@ -30,7 +30,7 @@ WHERE table_schema = 'public' AND table_name = 'qa_photo_reviews'
 -- judgement, since hosts' clocks differ.
 SELECT epoch, owner_host, owner_pid, owner_started, released,
        renewed_at + make_interval(secs => lease_seconds) < clock_timestamp() AS expired,
-       renewed_at, place_rowid, place_key, place_chat_jid, place_file, since, totals, created_at
+       renewed_at, place_rowid, place_key, place_chat_jid, place_file, since, since_rowid, totals, created_at
 FROM wa_monitor.cursor
 WHERE source = %(source)s
 
@@ -38,14 +38,19 @@ WHERE source = %(source)s
 -- The first start ever for this source. Of two first starts one wins.
 INSERT INTO wa_monitor.cursor (source, epoch, owner_host, owner_pid, owner_started, owner_generation, owner_tree,
                                released, renewed_at, lease_seconds,
-                               place_rowid, place_key, place_chat_jid, place_file, since)
+                               place_rowid, place_key, place_chat_jid, place_file, since, since_rowid)
 VALUES (%(source)s, 0, %(host)s, %(pid)s, %(started)s, %(generation)s, %(tree)s, true, clock_timestamp(), %(lease)s,
-        %(rowid)s, %(key)s, %(chat_jid)s, %(file)s, %(since)s)
+        %(rowid)s, %(key)s, %(chat_jid)s, %(file)s, %(since)s, %(since_rowid)s)
 ON CONFLICT (source) DO NOTHING
 
 -- name: limit_lock_wait
 -- For the current transaction only: a frozen owner must not freeze the one that wants to take over.
 SELECT set_config('lock_timeout', '1s', true)
+
+-- name: limit_waits
+-- For the current transaction only: what somebody else has locked is an error that is shown and tried again, within the
+-- silence that a supervisor allows (15 s), and not a monitor that hangs.
+SELECT set_config('lock_timeout', '3s', true), set_config('statement_timeout', '10s', true)
 
 -- name: claim
 -- Take over from the owner that was seen. Any sign of life in between (a renewal, another take-over) makes this a no-op.
@@ -78,6 +83,11 @@ UPDATE wa_monitor.cursor
 SET place_rowid = %(rowid)s, place_key = %(key)s, place_chat_jid = %(chat_jid)s, place_file = %(file)s,
     totals = %(totals)s, renewed_at = clock_timestamp()
 WHERE source = %(source)s AND epoch = %(epoch)s
+
+-- name: set_since_rowid
+-- The file was replaced, rows have other numbers: what it holds now counts as having been there before.
+UPDATE wa_monitor.cursor SET since_rowid = %(since_rowid)s
+WHERE source = %(source)s AND epoch = %(epoch)s AND since_rowid IS NOT NULL
 
 -- name: set_totals
 UPDATE wa_monitor.cursor SET totals = %(totals)s, renewed_at = clock_timestamp()

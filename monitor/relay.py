@@ -143,13 +143,18 @@ class Relay:
                 self._begin(database, end)
                 continue
             self._become_ready(database)
+            status = f"standing by, {seen.owner} writes"
             if seen.may_be_claimed() or seen.owner.is_same_process(self._owner):
                 claimed = cursor.claim(database, source, seen, self._owner, lease_seconds)
                 if claimed is not None:
                     return claimed, seen
+                status = (
+                    f"standing by: {seen.owner} has ended or gave up, but the cursor row is still locked"
+                    " by a session in the database; it is taken over as soon as that session is gone"
+                )
             elif self._settings.once:
                 raise StoreError(f"cursor {source!r} is held by {seen.owner}; stop that monitor first")
-            self._notifier.status(f"standing by, {seen.owner} writes")
+            self._notifier.status(status)
             self._turn_completed()
             self._stop.wait(_LOOK_SECONDS)
         return None
@@ -169,6 +174,7 @@ class Relay:
             lease_seconds=self._settings.lease_seconds,
             place=end if since.now else Place(),
             since=since.instant,
+            since_rowid=end.rowid if since.now else None,
         )
 
     def _relay(self, bridge: Bridge, database: Database, held: Claim, seen: Cursor) -> None:
@@ -274,6 +280,7 @@ class _Writer:
         self._rules = Rules(settings.calling_codes)
         self._place = seen.place
         self._since = seen.since
+        self._since_rowid = seen.since_rowid
         self._known: Known | None = None
         self._newest = datetime.min.replace(tzinfo=UTC)
         self._in_episode = False
@@ -284,6 +291,8 @@ class _Writer:
         """Read the last rows before the cursor once more: the overlap that makes a takeover safe."""
         if self._place.rowid:
             page = self._bridge.read_after(self._place, 1)
+            if self._since_rowid is not None and page.rescan_from == 0:
+                self._since_rowid = self._bridge.end().rowid
             overlap = max(0, self._place.rowid - LOOK_BACK_ROWS)
             self._go_back(overlap if page.rescan_from is None else page.rescan_from, page.end.file)
 
@@ -309,6 +318,8 @@ class _Writer:
         page = self._bridge.read_after(self._place, BATCH_MESSAGES)
         if page.rescan_from is not None:
             log.warning("The bridge's file is not what it was, reading again from row %d", page.rescan_from)
+            if self._since_rowid is not None and page.rescan_from == 0:
+                self._since_rowid = self._bridge.end().rowid
             self._go_back(page.rescan_from, page.end.file)
         elif page.rows:
             self._store_page(page, known)
@@ -322,7 +333,7 @@ class _Writer:
     def _go_back(self, rowid: int, file: str) -> None:
         """Move the cursor back; the ledger keeps what is read again from being stored again."""
         place = Place(rowid=rowid, file=file)
-        self._store.rewind(self._place, place)
+        self._store.rewind(self._place, place, self._since_rowid)
         self._place = place
 
     def _learn(self, known: Known) -> None:
@@ -369,6 +380,8 @@ class _Writer:
 
     def _is_too_old(self, row: Message | Unreadable) -> bool:
         """Tell whether a message was sent before the time from which on messages are ours."""
+        if self._since_rowid is not None and row.rowid > self._since_rowid:
+            return False
         return self._since is not None and isinstance(row, Message) and row.sent_at < self._since
 
     def _decide(self, row: Message | Unreadable, known: Known) -> Decided:

@@ -3,7 +3,8 @@
 The rule: our tables are ours to create and to migrate, forward only and each step once; `qa_photo_reviews`
 belongs to another application and is created only where it does not exist, never altered. If it lacks a
 column that the monitor uses, or has one of another kind, or demands what the monitor does not write, that is
-said in one sentence and the monitor does not become ready: a writer that starts anyway loses every drop (an outage of 21 hours began that way).
+said in one sentence and the monitor does not become ready: a writer that starts anyway loses every drop (an
+outage of 21 hours began that way).
 
 A database that a newer version has migrated further is accepted: going back to the last good code must work,
 so migrations only add.

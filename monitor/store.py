@@ -153,7 +153,7 @@ class Store:
 
         `known` is the reading of the map by which the rows are judged.
         """
-        with self._database.transaction():
+        with self._database.patient_transaction():
             totals = self._lock(start)
             fresh, counted_before = self._not_in_ledger(decided)
             stored, dead = self._store_drops([one for one in fresh if one.drops], known)
@@ -167,10 +167,14 @@ class Store:
             self._move(end, totals)
         return Written(stored, dead, totals)
 
-    def rewind(self, start: Place, to: Place) -> None:
-        """Move the cursor back, to read again what may have changed; the ledger prevents doubles."""
-        with self._database.transaction():
+    def rewind(self, start: Place, to: Place, since_rowid: int | None) -> None:
+        """Move the cursor back, to read again what may have changed; the ledger prevents doubles.
+
+        `since_rowid` is where the rows begin that arrived after a first start with `--since now`.
+        """
+        with self._database.patient_transaction():
             self._move(to, self._lock(start))
+            self._database.run("set_since_rowid", {**self._held.key, "since_rowid": since_rowid})
 
     def pending(self) -> list[PendingDrop]:
         """Return the drops that wait for their sender, oldest first."""
@@ -188,7 +192,7 @@ class Store:
         Counted as resolved is what holds a phone afterwards. A row that holds a LID then counts as a drop
         stored with one, and goes on waiting: this is a third way into the table, judged like the others.
         """
-        with self._database.transaction():
+        with self._database.patient_transaction():
             totals = self._lock(None)
             done = [self._complete(drop, phone, known) for drop, phone in found]
             completed = [one for one in done if one is not None]
@@ -205,9 +209,10 @@ class Store:
 
     def remember(self, known: Known) -> None:
         """Log mappings that were not seen before: the bridge's own map forgets."""
-        self._database.run(
-            "remember_mappings", {"lids": list(known.phone_of), "phones": list(known.phone_of.values())}
-        )
+        with self._database.patient_transaction():
+            self._database.run(
+                "remember_mappings", {"lids": list(known.phone_of), "phones": list(known.phone_of.values())}
+            )
 
     def renew(self) -> None:
         """Show a sign of life between batches."""

@@ -45,7 +45,8 @@ projects:
 
 def test_project_is_disabled_unless_enabled(tmp_path: Path) -> None:
     path = _write(tmp_path, ONE.replace("enabled: true, ", ""))
-    assert load_projects(path).enabled == ()
+    with pytest.raises(ConfigError, match="no project is enabled"):
+        load_projects(path)
 
 
 @pytest.mark.parametrize(

@@ -319,6 +319,36 @@ def test_since_now_leaves_the_backlog_alone(
     assert [row[0] for row in rows(SENDERS)] == ["DR1000002"]
 
 
+def test_since_now_takes_what_arrives_later_though_it_was_sent_earlier(
+    bridge: SyntheticBridge, relay_once: RelayOnce, rows: Rows, tmp_path: Path
+) -> None:
+    now = datetime.now(UTC)
+    _post(bridge, PHONE, "DR1000001", timestamp=now - timedelta(hours=1))
+    relay_once(since=Since(now, now=True))
+    _post(bridge, PHONE, "DR1000002", timestamp=now - timedelta(seconds=5))
+    relay_once(since=None)
+    assert [row[0] for row in rows(SENDERS)] == ["DR1000002"]
+    copied = tmp_path / "copied.db"
+    shutil.copy(bridge.messages_db, copied)
+    shutil.move(copied, bridge.messages_db)  # everything is read again; the backlog stays what it was
+    relay_once(since=None)
+    assert [row[0] for row in rows(SENDERS)] == ["DR1000002"]
+
+
+def test_message_of_a_group_that_was_misspelt_is_stored_when_it_is_read_again(
+    bridge: SyntheticBridge, relay_once: RelayOnce, rows: Rows, projects_file: Path
+) -> None:
+    right = projects_file.read_text()
+    projects_file.write_text(right.replace(NORTHFIELD, "120363000000000099@g.us"))
+    _post(bridge, PHONE, "DR1000001")
+    _post(bridge, PHONE, "DR1000002", chat_jid=WESTMOOR)
+    relay_once()
+    assert _outcomes(rows) == {"other_chat": 1, "disabled_project": 1}
+    projects_file.write_text(right.replace("enabled: false", "enabled: true"))
+    relay_once()
+    assert [row[0] for row in rows(SENDERS)] == ["DR1000001", "DR1000002"]
+
+
 def test_second_start_goes_on_where_the_first_ended(
     bridge: SyntheticBridge, relay_once: RelayOnce, rows: Rows
 ) -> None:

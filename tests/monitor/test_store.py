@@ -168,7 +168,7 @@ def test_two_first_starts_at_once_migrate_once(database_url: str, rows: Rows) ->
     for thread in threads:
         thread.join()
     assert failures == []
-    assert rows("SELECT version FROM wa_monitor.migration") == [(1,)]
+    assert rows("SELECT version FROM wa_monitor.migration ORDER BY 1") == [(1,), (2,)]
 
 
 # real processes
@@ -311,6 +311,40 @@ def test_file_that_is_replaced_under_a_running_monitor_is_read_from_the_beginnin
     eventually(lambda: _stored(rows) == 3)
     assert monitor.stop() == 0
     assert "reading again" in monitor.output()
+
+
+def test_locked_table_is_shown_and_waited_out_and_delays_no_stop(
+    bridge: SyntheticBridge,
+    start_monitor: Any,
+    rows: Rows,
+    eventually: Eventually,
+    database_url: str,
+) -> None:
+    monitor = start_monitor()
+    monitor.await_message("writing")
+    with psycopg.connect(database_url) as other:
+        other.execute("LOCK TABLE qa_photo_reviews IN ACCESS EXCLUSIVE MODE")
+        _post(bridge, 1)
+        assert "tried again" in monitor.await_message("lock timeout")
+        monitor.process.send_signal(signal.SIGTERM)
+        assert monitor.process.wait(14) == 0
+        other.rollback()
+    start_monitor()
+    eventually(lambda: _stored(rows) == 1)
+
+
+def test_standby_says_that_a_session_of_an_ended_process_keeps_the_row_locked(
+    start_monitor: Any, database_url: str
+) -> None:
+    first = start_monitor()
+    first.await_message("writing")
+    second = start_monitor()
+    second.await_message("standing by")
+    with psycopg.connect(database_url) as left_behind:
+        left_behind.execute("SELECT FROM wa_monitor.cursor FOR UPDATE")
+        first.process.kill()
+        second.await_message("has ended or gave up, but the cursor row is still locked")
+    second.await_message("writing, epoch 2")
 
 
 # the alarm
