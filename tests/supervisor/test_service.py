@@ -193,7 +193,7 @@ def test_callable_that_fails_at_import_costs_the_old_child_nothing(
 def test_overlap_stops_the_old_child_only_when_the_new_one_is_ready(supervise: Supervise, tree: Path) -> None:
     (tree / "main.py").write_text(NOTIFYING, encoding="utf-8")
     write(tree, "VALUE = 1\ndef serve(tell): tell('READY=1\\nSTATUS=at work')\n")
-    started = supervise("--type=notify", "--handover=overlap", "--ready-timeout=5", "main.py", cwd=tree)
+    started = supervise("--type=notify", "--handover=overlap", "--ready-timeout=3", "main.py", cwd=tree)
     started.expect(LIVE)
     serving = started.live().pid
     write(tree, "VALUE = 2\ndef serve(tell): print('never ready', flush=True)\n")
