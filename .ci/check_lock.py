@@ -47,8 +47,15 @@ class Locked:
 def main(arguments: list[str]) -> int:
     """Print every finding; return 1 if there was one."""
     folder = Path(arguments[0]) if arguments else Path(__file__).parents[1]
-    text = (folder / "requirements.lock").read_text(encoding="utf-8")
-    project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))
+    try:
+        text = (folder / "requirements.lock").read_text(encoding="utf-8")
+        project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))
+    except OSError as error:
+        print(
+            f"{error.filename} cannot be read ({error.strerror}); run make lock in the repository",
+            file=sys.stderr,
+        )
+        return 1
     try:
         locked = list(_read(text))
     except ValueError as error:

@@ -23,7 +23,7 @@ from monitor import logs
 from monitor.errors import ConfigError, MonitorError
 from monitor.metrics import MonitorMetrics
 from monitor.notify import Notifier
-from monitor.projects import load_projects
+from monitor.projects import Projects, load_projects
 from monitor.relay import Relay, Stop
 from monitor.settings import Settings, Values, load
 
@@ -42,9 +42,7 @@ def serve(settings: Settings) -> None:
 
     Raises `MonitorError` for what cannot be waited out.
     """
-    if settings.projects is None:
-        raise ConfigError("no projects file given; set WA_PROJECTS or --projects to projects.yaml")
-    projects = load_projects(settings.projects)
+    projects = projects_of(settings)
     logs.set_up(settings.log_level, full_numbers=settings.log_full_numbers)
     metrics = MonitorMetrics()
     with (
@@ -55,6 +53,13 @@ def serve(settings: Settings) -> None:
     ):
         Relay(settings, projects, notifier=notifier, metrics=metrics, stop=stop).run()
         notifier.stopping()
+
+
+def projects_of(settings: Settings) -> Projects:
+    """Load the projects file; raises `ConfigError` if there is none or it cannot be meant."""
+    if settings.projects is None:
+        raise ConfigError("no projects file given; set WA_PROJECTS or --projects to projects.yaml")
+    return load_projects(settings.projects)
 
 
 def fail(error: MonitorError) -> int:

@@ -86,7 +86,7 @@ class Findings:
 
 def audit(database: Database, known: Known) -> Findings:
     """Look at everything; raises `StoreError` when the database does not let it."""
-    standing = database.rows("audit_standing", {"lids": lids_of(known)})
+    standing = database.rows("audit_standing", {"lids": list(lids_of(database, known))})
     return Findings(
         standing=[Standing(*row) for row in standing],
         newly_stored=[NewlyStored(*row) for row in database.rows("audit_newly_stored")],

@@ -1,16 +1,16 @@
 """What stands in the table now, counted: LIDs, pending senders, repaired rows, doubtful values.
 
 The rule: it only reads, it needs no claim on the cursor, and it counts what is there, whoever wrote it. A
-value is certainly a LID if the map lists it as one and not as a phone too, or if its address says so. A
-value that cannot be a phone and that the map does not have is doubtful: shown to a person, not counted as a
-LID.
+value is certainly a LID if the map lists it (or ever listed it) as one and not as a phone too, or if its
+address says so. A value that cannot be a phone and that the map does not have is doubtful: shown to a person,
+not counted as a LID.
 """
 
 from dataclasses import dataclass
 
 from monitor.database import Database
-from monitor.identity import Known, parse_jid
-from monitor.judgement import judge
+from monitor.identity import Known
+from monitor.judgement import judge, user_part
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,15 +22,22 @@ class Doubtful:
     value: str
 
 
-def lids_of(known: Known) -> list[str]:
-    """Return what is certainly a LID: listed as one, and not as a phone as well."""
-    return [lid for lid in known.phone_of if lid not in known.lid_of]
+def lids_of(database: Database, known: Known) -> dict[str, str | None]:
+    """Return what is certainly a LID: listed as one, now or ever, and not as a phone as well.
+
+    With each its phone; None for one that the map has forgotten and that had several. The bridge's map is a
+    snapshot: who gets a new LID loses the old one there, and the rows that hold it are no less wrong.
+    """
+    # A dry run may look at a database on which no monitor has run.
+    exists = {"schema": "wa_monitor", "table": "lid_seen"}
+    seen = dict(database.rows("mappings_seen")) if database.rows("table_exists", exists)[0][0] else {}
+    return {lid: phone for lid, phone in {**seen, **known.phone_of}.items() if lid not in known.lid_of}
 
 
 def lid_rows(database: Database, known: Known) -> dict[str, int]:
     """Return how many rows hold a LID now, by project (empty for rows without one)."""
     with database.patient_transaction():
-        return dict(database.rows("count_lid_rows", {"lids": lids_of(known)}))
+        return dict(database.rows("count_lid_rows", {"lids": list(lids_of(database, known))}))
 
 
 def pending_drops(database: Database, source: str) -> int:
@@ -45,9 +52,10 @@ def repaired_rows(database: Database) -> int:
 
 def doubtful_rows(database: Database, known: Known) -> list[Doubtful]:
     """List rows whose sender cannot be a phone and cannot be looked up."""
+    resolvable = {lid for lid, phone in lids_of(database, known).items() if phone is not None}
     return [
         Doubtful(drop_number, project, value)
         for drop_number, project, value in database.rows("doubtful_rows")
-        if parse_jid(value).user not in known.phone_of
+        if user_part(value) not in resolvable
         and judge(value, None, lids=known.phone_of, phones=known.lid_of) in {"lid", "unknown"}
     ]

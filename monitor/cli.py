@@ -3,7 +3,7 @@
 The rule: this module turns arguments into settings and results into text, and decides nothing. What a
 service needs is in `app`, which a supervisor runs without this module and its libraries. A fault is one
 sentence on stderr, without a traceback: exit status 2 for what was asked wrongly, 1 for what failed or for
-an audit that found a LID.
+an audit that found a LID or a dead letter.
 
 Without a database URL the commands use an embedded PostgreSQL in the state directory, for as long as they
 run.
@@ -27,7 +27,7 @@ from monitor import schema
 from monitor.audit import Findings, audit
 from monitor.bridge import Bridge
 from monitor.database import connect
-from monitor.errors import MonitorError
+from monitor.errors import ConfigError, MonitorError
 from monitor.logs import mask_numbers
 from monitor.repair import Report, repair
 from monitor.settings import DatabaseUrl, Settings, Values, load
@@ -93,8 +93,16 @@ def run(
         once=once or None,
         listen=listen,
     )
-    with _faults_said(), _with_database(load(flags, config=config)) as settings:
-        program.serve(settings)
+    with _faults_said():
+        given = load(flags, config=config)
+        program.projects_of(given)
+        if given.database_url is None and given.since is None and not _embedded_exists():
+            raise ConfigError(
+                "a first start; say where to begin with --since or WA_SINCE: an ISO time with offset,"
+                " `beginning` or `now`"
+            )
+        with _with_database(given) as settings:
+            program.serve(settings)
 
 
 @commands.command("repair-lids")
@@ -109,7 +117,7 @@ def repair_lids(
     flags = Values(bridge=bridge, database_url=database_url)
     with (
         _faults_said(),
-        _with_database(load(flags, config=config)) as settings,
+        _with_standing_database(load(flags, config=config)) as settings,
         closing(Bridge(settings.bridge)) as reader,
     ):
         known = reader.known()
@@ -129,11 +137,11 @@ def audit_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON")] = False,
     config: _Config = None,
 ) -> None:
-    """Say whether a LID stands in the table, and which code put it there; exit status 1 if one does."""
+    """Say whether a LID stands in the table, and by which code; exit status 1 for that or a dead letter."""
     flags = Values(bridge=bridge, database_url=database_url)
     with (
         _faults_said(),
-        _with_database(load(flags, config=config)) as settings,
+        _with_standing_database(load(flags, config=config)) as settings,
         closing(Bridge(settings.bridge)) as reader,
     ):
         known = reader.known()
@@ -183,9 +191,29 @@ def _with_database(settings: Settings) -> Iterator[Settings]:
     # Imported here: with a database of one's own, the wheel need not even be installed.
     from monitor.embedded import EmbeddedPostgres  # noqa: PLC0415
 
-    with EmbeddedPostgres(_state_directory() / "postgres") as server:
+    with EmbeddedPostgres(_embedded_directory()) as server:
         typer.echo(f"embedded PostgreSQL: {server.url} (DATABASE_URL for other commands meanwhile)", err=True)
         yield replace(settings, database_url=DatabaseUrl(server.url))
+
+
+@contextmanager
+def _with_standing_database(settings: Settings) -> Iterator[Settings]:
+    """Do as `_with_database`, but never create a database: there would be nothing in it to look at."""
+    if settings.database_url is None and not _embedded_exists():
+        raise ConfigError(
+            f"no database given, and no embedded one in {_embedded_directory()};"
+            " set DATABASE_URL or --database-url"
+        )
+    with _with_database(settings) as found:
+        yield found
+
+
+def _embedded_exists() -> bool:
+    return (_embedded_directory() / "cluster").is_dir()
+
+
+def _embedded_directory() -> Path:
+    return _state_directory() / "postgres"
 
 
 def _state_directory() -> Path:
@@ -221,7 +249,8 @@ def _show_repair(report: Report, *, full_numbers: bool) -> None:
         value = row.value if full_numbers else mask_numbers(row.value)
         _say(
             console,
-            f"not resolved: {row.drop_number} in {row.project or '(none)'}: {value} is not in the map",
+            f"not resolved: {row.drop_number} in {row.project or '(none)'}:"
+            f" the map has no phone for {value}, or had several",
         )
 
 

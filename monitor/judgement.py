@@ -36,19 +36,21 @@ def judge(
         return "lid"
     if not submitted_by:
         return "pending" if user_name == PENDING_NAME else "unknown"
-    user = _user_part(submitted_by)
+    user = user_part(submitted_by)
     return "phone" if user in phones or _is_valid_number(user) else "unknown"
 
 
 def _is_lid(value: str, lids: Container[str], phones: Container[str]) -> bool:
     """Tell whether a column's value is a LID: an address at a LID server, or digits the map lists as one."""
-    user = _user_part(value)
-    server = value.partition("@")[2]
+    user = user_part(value)
+    server = value.partition("@")[2].strip().lower()
     return server in _LID_SERVERS or (user in lids and user not in phones)
 
 
-def _user_part(value: str) -> str:
-    return value.strip().partition("@")[0].partition(":")[0]
+def user_part(value: str) -> str:
+    """Return the user part of ` +USER.AGENT:DEVICE@SERVER`, in which each part but USER may be missing."""
+    user = value.strip().removeprefix("+").partition("@")[0]
+    return user.partition(":")[0].partition(".")[0].strip()
 
 
 def _is_valid_number(digits: str) -> bool:

@@ -224,13 +224,18 @@ WHERE source = %(source)s AND chat_jid = %(chat_jid)s AND message_key = %(key)s 
 DELETE FROM wa_monitor.pending
 WHERE source = %(source)s AND chat_jid = %(chat_jid)s AND message_key = %(key)s AND drop_number = %(number)s
 
+-- name: mappings_seen
+-- Every LID that the bridge ever showed, and its phone if there was never another.
+SELECT lid, CASE WHEN count(*) = 1 THEN min(phone) END FROM wa_monitor.lid_seen GROUP BY lid
+
 -- name: count_lid_rows
--- How many rows hold a LID now, by project: either column, with or without an address around the digits.
+-- How many rows hold a LID now, by project: either column, in any spelling. Here and below a value is cut to its user
+-- part as `judgement.user_part` does it: blanks, + and what follows the digits (.agent, :device, @server) are left out.
 SELECT coalesce(project, '')::text, count(*)
 FROM public.qa_photo_reviews
-WHERE split_part(split_part(submitted_by, '@', 1), ':', 1) IN (SELECT unnest(%(lids)s::text[]))
-   OR split_part(split_part(user_name, '@', 1), ':', 1) IN (SELECT unnest(%(lids)s::text[]))
-   OR submitted_by ~ '@(hosted[.])?lid$' OR user_name ~ '@(hosted[.])?lid$'
+WHERE btrim(substring(submitted_by FROM '^\s*[+]?([^@:.]*)')) IN (SELECT unnest(%(lids)s::text[]))
+   OR btrim(substring(user_name FROM '^\s*[+]?([^@:.]*)')) IN (SELECT unnest(%(lids)s::text[]))
+   OR submitted_by ~* '@(hosted[.])?lid\s*$' OR user_name ~* '@(hosted[.])?lid\s*$'
 GROUP BY 1
 
 -- name: count_pending
@@ -244,8 +249,8 @@ SELECT count(*) FROM wa_monitor.repair
 SELECT id::text, drop_number::text, coalesce(project, '')::text, submitted_by::text, user_name::text
 FROM public.qa_photo_reviews
 WHERE id::text > %(after)s
-  AND (split_part(split_part(submitted_by, '@', 1), ':', 1) IN (SELECT unnest(%(lids)s::text[]))
-       OR split_part(split_part(user_name, '@', 1), ':', 1) IN (SELECT unnest(%(lids)s::text[])))
+  AND (btrim(substring(submitted_by FROM '^\s*[+]?([^@:.]*)')) IN (SELECT unnest(%(lids)s::text[]))
+       OR btrim(substring(user_name FROM '^\s*[+]?([^@:.]*)')) IN (SELECT unnest(%(lids)s::text[])))
 ORDER BY id::text
 LIMIT %(limit)s
 FOR UPDATE
@@ -255,8 +260,8 @@ FOR UPDATE
 SELECT id::text, drop_number::text, coalesce(project, '')::text, submitted_by::text, user_name::text
 FROM public.qa_photo_reviews
 WHERE id::text > %(after)s
-  AND (split_part(split_part(submitted_by, '@', 1), ':', 1) IN (SELECT unnest(%(lids)s::text[]))
-       OR split_part(split_part(user_name, '@', 1), ':', 1) IN (SELECT unnest(%(lids)s::text[])))
+  AND (btrim(substring(submitted_by FROM '^\s*[+]?([^@:.]*)')) IN (SELECT unnest(%(lids)s::text[]))
+       OR btrim(substring(user_name FROM '^\s*[+]?([^@:.]*)')) IN (SELECT unnest(%(lids)s::text[])))
 ORDER BY id::text
 LIMIT %(limit)s
 
@@ -276,7 +281,7 @@ VALUES (%(run_id)s, %(review_id)s, %(drop_number)s, %(project)s, %(old_submitted
 -- Senders that may be a LID which the map does not have: an address at a LID server, or very many digits.
 SELECT DISTINCT drop_number::text, coalesce(project, '')::text, shown.sender::text
 FROM public.qa_photo_reviews, LATERAL (VALUES (submitted_by), (user_name)) AS shown (sender)
-WHERE shown.sender ~ '@(hosted[.])?lid$' OR shown.sender ~ '^[0-9]{13,20}$'
+WHERE shown.sender ~* '@(hosted[.])?lid\s*$' OR shown.sender ~ '^\s*[+]?[0-9]{13,20}\s*$'
 ORDER BY 2, 1, 3
 
 -- name: audit_standing
@@ -288,9 +293,9 @@ LEFT JOIN LATERAL (SELECT coalesce(resolved_tree, tree) AS tree, coalesce(resolv
                    FROM wa_monitor.drop_event
                    WHERE review_id = review.id::text
                    ORDER BY 2 DESC LIMIT 1) AS event ON true
-WHERE split_part(split_part(review.submitted_by, '@', 1), ':', 1) IN (SELECT unnest(%(lids)s::text[]))
-   OR split_part(split_part(review.user_name, '@', 1), ':', 1) IN (SELECT unnest(%(lids)s::text[]))
-   OR review.submitted_by ~ '@(hosted[.])?lid$' OR review.user_name ~ '@(hosted[.])?lid$'
+WHERE btrim(substring(review.submitted_by FROM '^\s*[+]?([^@:.]*)')) IN (SELECT unnest(%(lids)s::text[]))
+   OR btrim(substring(review.user_name FROM '^\s*[+]?([^@:.]*)')) IN (SELECT unnest(%(lids)s::text[]))
+   OR review.submitted_by ~* '@(hosted[.])?lid\s*$' OR review.user_name ~* '@(hosted[.])?lid\s*$'
 GROUP BY 1, 2
 ORDER BY 1, 2
 

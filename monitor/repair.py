@@ -1,10 +1,10 @@
 """Repair: LIDs that stand where a phone belongs are replaced by the phone that the map gives for them.
 
-The rule: a row is chosen by its value being in the map's `lid` column, never by its length, so that a
-foreign phone of twelve digits is safe. The two sender columns are all that changes (not even `updated_at`:
-nobody edited the review), in rows that the batch has locked, and what stood there before is kept under the
-run's id. One transaction for each batch: an interrupted run has repaired whole batches, and the next run
-does the rest.
+The rule: a row is chosen by its value being in the map's `lid` column, now or earlier, never by its length,
+so that a foreign phone of twelve digits is safe. The two sender columns are all that changes, in rows that
+the batch has locked (not even `updated_at`: nobody edited the review), and what stood there before is kept
+under the run's id. One transaction for each batch: an interrupted run has repaired whole batches, and the
+next run does the rest.
 
 Nothing is guessed. What looks like a LID and is not in the map is listed, for a person.
 
@@ -20,7 +20,8 @@ from typing import Any
 
 from monitor.census import Doubtful, doubtful_rows, lids_of
 from monitor.database import Database
-from monitor.identity import Known, parse_jid
+from monitor.identity import Known
+from monitor.judgement import user_part
 
 _BATCH_ROWS = 500
 
@@ -52,7 +53,7 @@ class Report:
 def repair(database: Database, known: Known, *, dry_run: bool) -> Report:
     """Replace every LID that the map can resolve; with `dry_run` only say what would be replaced."""
     report = Report(_new_run_id(), dry_run)
-    phones = {lid: known.phone_of[lid] for lid in lids_of(known)}
+    phones = {lid: phone for lid, phone in lids_of(database, known).items() if phone is not None}
     for batch in _batches(database, phones, report):
         report.repaired.update(row.project for row in batch)
     report.unresolved = doubtful_rows(database, known)
@@ -92,7 +93,7 @@ def _repaired(row: Sequence[Any], phones: Mapping[str, str]) -> Repaired:
 
 def _resolved(value: str | None, phones: Mapping[str, str]) -> str | None:
     """Return the phone for a LID, with or without an address around it; any other value as it is."""
-    return None if value is None else phones.get(parse_jid(value).user, value)
+    return None if value is None else phones.get(user_part(value), value)
 
 
 def _apply(database: Database, row: Repaired, run_id: str) -> None:

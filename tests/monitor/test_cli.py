@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from monitor.demo.bridge import NORTHFIELD, SyntheticBridge
+from monitor.settings import _ENVIRONMENT, Values
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -125,6 +126,43 @@ def test_every_command_explains_itself(command: str) -> None:
     ended = _run(dict(os.environ), command, "--help")
     assert ended.returncode == 0
     assert "Usage" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "changes"),
+    [
+        (("run",), {"WA_PROJECTS": ""}),
+        (("run",), {"WA_SINCE": ""}),
+        (("run",), {"WA_PROJECTS": "/nowhere/projects.yaml"}),
+        (("audit",), {}),
+        (("repair-lids", "--dry-run"), {}),
+        (("repair-lids",), {}),
+    ],
+)
+def test_no_database_is_made_for_a_command_that_cannot_use_it(
+    environment: dict[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
+    command: tuple[str, ...],
+    changes: dict[str, str],
+) -> None:
+    state = tmp_path_factory.mktemp("s")
+    ended = _run({**environment, "STATE_DIRECTORY": str(state), "DATABASE_URL": "", **changes}, *command)
+    assert ended.returncode == 2
+    assert ended.stderr.count("\n") == 1
+    assert not list(state.iterdir())
+
+
+def test_reference_names_every_flag_key_and_variable() -> None:
+    reference = (Path(__file__).parents[2] / "docs" / "reference.md").read_text(encoding="utf-8")
+    section = reference.partition("## `wa-monitor`\n")[2]
+    flags = {
+        flag
+        for command in ("run", "audit", "repair-lids", "demo")
+        for flag in re.findall(r"--[a-z][a-z-]+", _run(dict(os.environ), command, "--help").stdout)
+    } - {"--help"}
+    names = {name for alternatives in _ENVIRONMENT.values() for name in alternatives}
+    wanted = {f"`{one}" for one in flags | names | set(Values.__struct_fields__)}
+    assert {one for one in wanted if one not in section} == set()
 
 
 def test_unknown_option_is_a_usage_error(environment: dict[str, str]) -> None:

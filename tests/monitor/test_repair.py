@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from monitor.audit import audit
+from monitor.census import lid_rows
 from monitor.database import connect
 from monitor.identity import Known
 from monitor.repair import repair
@@ -104,6 +106,60 @@ def test_dry_run_reports_the_same_and_changes_nothing(database_url: str, rows: R
 def test_second_run_finds_nothing_to_do(database_url: str) -> None:
     _run(database_url)
     assert not _run(database_url).repaired
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        "{}",
+        "{}@lid",
+        "{}.2@lid",
+        "{}:4@lid",
+        "{}.2:4@hosted.lid",
+        " {}",
+        "+{}",
+        "{} ",
+        "{}@LID ",
+        "{}@s.whatsapp.net",
+    ],
+)
+@pytest.mark.parametrize("column", ["submitted_by", "user_name"])
+def test_lid_is_found_and_repaired_in_every_spelling(
+    relay_once: Any, database_url: str, rows: Rows, spelling: str, column: str
+) -> None:
+    relay_once()
+    rows("INSERT INTO qa_photo_reviews (drop_number, user_name) VALUES ('DR1000001', 'x')")
+    rows(f"UPDATE qa_photo_reviews SET {column} = %s", spelling.format(LID))  # noqa: S608 -- our own names
+    with closing(connect(DatabaseUrl(database_url))) as database:
+        assert audit(database, KNOWN).failed
+        assert sum(lid_rows(database, KNOWN).values()) == 1
+    _run(database_url)
+    assert rows(f"SELECT {column} FROM qa_photo_reviews") == [(PHONE,)]  # noqa: S608 -- our own names
+    with closing(connect(DatabaseUrl(database_url))) as database:
+        assert not audit(database, KNOWN).failed
+
+
+def test_lid_that_the_map_has_forgotten_is_found_and_repaired_if_it_had_one_phone(
+    relay_once: Any, database_url: str, rows: Rows
+) -> None:
+    relay_once()
+    rows(
+        "INSERT INTO wa_monitor.lid_seen (lid, phone) VALUES ('80000000000012', '27821234567'),"
+        " ('80000000000013', '27821234567'), ('80000000000013', '27831234567')"
+    )
+    rows(
+        "INSERT INTO qa_photo_reviews (drop_number, user_name, submitted_by) VALUES"
+        " ('DR1000001', 'x', '80000000000012'), ('DR1000002', 'x', '80000000000013')"
+    )
+    with closing(connect(DatabaseUrl(database_url))) as database:
+        assert sum(one.rows for one in audit(database, KNOWN).standing) == 2
+        assert sum(lid_rows(database, KNOWN).values()) == 2
+    report = _run(database_url)
+    assert rows("SELECT submitted_by FROM qa_photo_reviews ORDER BY drop_number") == [
+        ("27821234567",),
+        ("80000000000013",),
+    ]
+    assert [row.value for row in report.unresolved] == ["80000000000013"]
 
 
 def test_more_rows_than_a_batch_are_all_repaired(relay_once: Any, database_url: str, rows: Rows) -> None:

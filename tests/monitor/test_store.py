@@ -396,13 +396,13 @@ def test_fault_that_completes_a_waiting_row_with_a_lid_is_counted_and_healed_by_
     late = "3000000000013"
     bridge.map_lid(LID, PHONE)
     _post(bridge, 1, late)
-    _post(bridge, 2, "4000000000011")  # never mapped: the fault fills it in as well
+    _post(bridge, 2, "3000000000011")  # never mapped: the fault fills it in as well
     relay_once()
     with monkeypatch.context() as faulty:
         faulty.setattr("monitor.relay.identify", _everything_is_a_phone)
         bridge.map_lid(late, "258821234567")
         relay_once()
-        bridge.map_lid("5000000000019", "258841234567")
+        bridge.map_lid("8000000000019", "27821234567")
         metrics = relay_once()
     assert rows("SELECT submitted_by FROM qa_photo_reviews ORDER BY drop_number")[0] == (late,)
     assert rows("SELECT phone FROM wa_monitor.drop_event") == [(None,), (None,)]
@@ -460,11 +460,11 @@ def test_process_under_a_supervisor_shows_only_what_it_added() -> None:
         "not a url s3cret-word",
         "postgresql://monitor:s3cret-word:5432/wa",
         "postgresql://monitor:s3cret-word/wa",
-        "postgresql://monitor:ok@db.example:s3cret-word/wa",
-        "postgresql://monitor:ok@db.example:99999/wa",
-        "postgresql://monitor:ok@127.0.0.1:1/wa?sslmode=s3cret-word",
-        "postgresql://monitor:ok@127.0.0.1:1/wa?service=s3cret-word",
-        "postgresql://monitor:ok@127.0.0.1:1/wa?connect_timeout=s3cret-word",
+        "postgresql://monitor:secret@db.example:s3cret-word/wa",
+        "postgresql://monitor:secret@db.example:99999/wa",
+        "postgresql://monitor:secret@127.0.0.1:1/wa?sslmode=s3cret-word",
+        "postgresql://monitor:secret@127.0.0.1:1/wa?service=s3cret-word",
+        "postgresql://monitor:secret@127.0.0.1:1/wa?connect_timeout=s3cret-word",
     ],
 )
 def test_wrong_url_is_refused_without_quoting_it(url: str) -> None:
