@@ -541,7 +541,8 @@ def test_modules_named_like_the_standard_library_are_those_of_the_tree(
     one = generation()
     one.go()
     os.waitid(os.P_PID, one.child.pid, os.WEXITED | os.WNOWAIT)
-    assert capfd.readouterr().out == plain.stdout == f"{[True] * len(names)}\n"
+    assert capfd.readouterr().out == plain.stdout
+    assert plain.stdout.startswith("[True, "), "void: plain Python was expected to prefer the tree's json"
 
 
 def test_forked_process_of_the_application_does_not_speak_for_it(stepped: Generation, fifo: Path) -> None:
