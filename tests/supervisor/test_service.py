@@ -597,6 +597,31 @@ def test_proof_that_cannot_be_renewed_no_longer_counts(supervise: Supervise, tre
     assert series(started, "wa_supervisor_code_in_sync") == 0
 
 
+def test_child_that_does_not_answer_is_neither_a_match_nor_a_mismatch(
+    supervise: Supervise, tree: Path, tmp_path: Path
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "n"))
+        manager.settimeout(20)
+        started = supervise(
+            "--verify-interval=0.5",
+            "--stop-timeout=1",
+            "main.py",
+            cwd=tree,
+            NOTIFY_SOCKET=str(tmp_path / "n"),
+        )
+        started.expect(LIVE)
+        child = started.live()
+        child.suspend()
+        while "has not answered" not in manager.recv(4096).decode():
+            assert started.process.poll() is None
+    status = started.status()
+    assert not status["in_sync"]
+    assert status["live"]["pid"] == child.pid
+    assert status["restarts"]["mismatch"] == 0
+    assert started.command("verify").returncode == 1
+
+
 def test_lost_blobs_are_written_anew(supervise: Supervise, tree: Path, tmp_path: Path) -> None:
     started = supervise("main.py", cwd=tree)
     started.expect(LIVE)
