@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.supervisor.harness import SUPERVISOR, Supervised, is_gone
+from tests.supervisor.harness import DEADLINE_SECONDS, SUPERVISOR, Supervised, is_gone
 
 Supervise = Callable[..., Supervised]
 
@@ -613,8 +614,9 @@ def test_child_that_does_not_answer_is_neither_a_match_nor_a_mismatch(
         started.expect(LIVE)
         child = started.live()
         child.suspend()
+        deadline = time.monotonic() + DEADLINE_SECONDS
         while "has not answered" not in manager.recv(4096).decode():
-            assert started.process.poll() is None
+            assert time.monotonic() < deadline, started.status()["reason"]
     status = started.status()
     assert not status["in_sync"]
     assert status["live"]["pid"] == child.pid
