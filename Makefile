@@ -6,6 +6,8 @@
 
 PYTHON ?= python3
 ARGS ?=
+# Test processes: most of a test is waiting for another process.
+WORKERS ?= 3
 RUN ?= # a way to run modules under something, e.g. RUN="-m coverage run"
 
 # The caller's Python settings must not reach ours; PYTHONDONTWRITEBYTECODE would hide the bug this project is about.
@@ -23,7 +25,7 @@ demo: $(STAMP) ## the whole product on invented messages; ARGS=--once runs a scr
 	@.venv/bin/wa-monitor demo $(ARGS)
 
 test: $(STAMP) ## all tests; ARGS goes to pytest, e.g. ARGS="-k embedded"
-	@.venv/bin/python $(RUN) -m pytest $(ARGS)
+	@.venv/bin/python $(RUN) -m pytest --numprocesses=$(WORKERS) $(ARGS)
 
 lint: $(STAMP) ## style, format, types, import contracts, the lock
 	@.venv/bin/ruff check
