@@ -18,7 +18,10 @@ the hook (half a second for 200 third-party modules whose cached bytecode is the
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
+import json
 import linecache
 import os
 import sys
@@ -32,7 +35,7 @@ from importlib.machinery import (
 )
 from importlib.util import decode_source, spec_from_file_location
 from types import CodeType, ModuleType
-from typing import Any
+from typing import IO, Any
 
 
 class PinnedSourceError(ImportError):
@@ -63,6 +66,17 @@ class Pins:
         for path in sources:
             parts = path.split("/")[:-1]
             self._directories.update("/".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+
+    @classmethod
+    def of(cls, manifest: str, blobs: str) -> Pins:
+        """Return the pins that a manifest's file describes.
+
+        Raises:
+            OSError, ValueError, KeyError: it is not readable, or no manifest.
+        """
+        with open(manifest, "rb") as file:
+            body = json.load(file)
+        return cls(body["base"], body["roots"], body["sources"], blobs)
 
     def relative(self, path: str) -> str | None:
         """Return the manifest's name of an absolute path, or None outside the tree."""
@@ -132,18 +146,25 @@ class Pins:
         return content
 
     def compile(self, relative: str, path: str, module: str) -> CodeType:
-        """Return the code of a source, compiled from its pinned bytes, and put it on record as executed.
+        """Return the code of a source, compiled from its pinned bytes, and put it on record as executed."""
+        return compile(self.take(relative, path, module), path, "exec", dont_inherit=True)
+
+    def take(self, relative: str, path: str, module: str) -> bytes:
+        """Return the pinned bytes of a source for execution, and put it on record as executed.
 
         ``linecache`` gets the same bytes, so that a traceback never shows new lines for old code.
+
+        Raises:
+            PinnedSourceError: the blob is missing or no longer has the manifest's sha256.
         """
         content = self.read(relative, module)
-        code = compile(content, path, "exec", dont_inherit=True)
-        text = decode_source(content)
-        # An entry whose mtime is None is never checked against the disk.
-        linecache.cache[path] = (len(content), None, text.splitlines(keepends=True), path)
+        with contextlib.suppress(SyntaxError, UnicodeError):  # Compiling it will say so.
+            lines = decode_source(content).splitlines(keepends=True)
+            # An entry whose mtime is None is never checked against the disk.
+            linecache.cache[path] = (len(content), None, lines, path)
         self.executed[relative] = hashlib.sha256(content).hexdigest()
         self.modules[module] = relative
-        return code
+        return content
 
 
 class PinnedLoader(SourceFileLoader):
@@ -241,8 +262,14 @@ def pinned_spec(
     return spec_from_file_location(fullname, path, loader=loader, submodule_search_locations=locations)
 
 
-def install(pins: Pins) -> None:
-    """Let every import of this process that leads into the tree go through ``pins``."""
+def install(pins: Pins, plain_modules: frozenset[str]) -> None:
+    """Let every import of this process that leads into the tree go through ``pins``.
+
+    Args:
+        pins: the manifest and the record.
+        plain_modules: names in ``sys.modules`` that stay although the tree has modules of these names: plain
+            Python would have loaded them, too.
+    """
 
     def hook(entry: str) -> PinnedFinder | ParentFinder:
         path = os.path.abspath(entry or ".")
@@ -261,11 +288,22 @@ def install(pins: Pins) -> None:
             return pins.compile(relative, loader.path, fullname)
         return ordinary(loader, fullname)
 
-    # Who loads a file of the tree by its path (plugins, editable installs) does it through this class.
+    def open_code(path: str) -> IO[bytes]:
+        relative = pins.relative(os.path.abspath(path))
+        if relative is not None and pins.has_source(relative):
+            return io.BytesIO(pins.take(relative, path, relative))
+        return open_ordinarily(path)
+
+    # Who loads a file of the tree by its path (plugins, editable installs) does it through this class, or has
+    # runpy do it (run_path, and so the main module of a spawned process), which opens it by this function.
     ordinary = SourceFileLoader.get_code
     SourceFileLoader.get_code = get_code  # type: ignore[method-assign, assignment]
+    open_ordinarily = io.open_code
+    io.open_code = open_code
     sys.path_hooks.insert(0, hook)
     sys.path_importer_cache.clear()
+    for name in pins.top_level_names() & sys.modules.keys() - plain_modules:
+        del sys.modules[name]  # We hold what we use of the standard library; the name is the tree's.
 
 
 def _ordinary_finder(ours: object, entry: str) -> Any:  # noqa: ANN401 -- any path entry finder

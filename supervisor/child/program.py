@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import _thread
 import ctypes
-import json
 import os
 import select
 import signal
@@ -38,7 +37,7 @@ from importlib.util import find_spec
 from types import CodeType, ModuleType
 from typing import Any, NoReturn
 
-from . import attest, frames, functions, metrics, pinned
+from . import attest, frames, functions, metrics, pinned, spawned
 
 _PR_SET_PDEATHSIG = 1
 _PARENT_WAIT_SECONDS = 10.0
@@ -141,23 +140,21 @@ class _Channel:
             self.send({"type": "metrics", "families": [metrics.failure(str(error))]})
 
 
-def run(descriptor: int, plain_modules: frozenset[str]) -> NoReturn:
+def run(descriptor: int, plain_modules: frozenset[str], run_name: str) -> NoReturn:
     """Run one child from its start message to its exit.
 
     Args:
         descriptor: of the inherited stream socket to the supervisor.
         plain_modules: names that plain Python has in ``sys.modules`` when it starts a program.
+        run_name: ``__name__`` of the bootstrap in the processes that this one spawns.
     """
     os.set_inheritable(descriptor, False)
     channel = _Channel(socket.socket(fileno=descriptor))
     start = channel.start_message()
     _die_with(int(start["supervisor_pid"]))
-    with open(start["manifest"], "rb") as file:
-        manifest = json.load(file)
-    pins = pinned.Pins(manifest["base"], manifest["roots"], manifest["sources"], start["blobs"])
-    pinned.install(pins)
-    for name in pins.top_level_names() & sys.modules.keys() - plain_modules:
-        del sys.modules[name]  # We hold what we use of the standard library; the name is the tree's.
+    pins = pinned.Pins.of(start["manifest"], start["blobs"])
+    pinned.install(pins, plain_modules)
+    spawned.install(start["manifest"], start["blobs"], run_name)
     main = ModuleType("__main__")
     sys.modules["__main__"] = main
     os.register_at_fork(after_in_child=channel.abandon)

@@ -570,3 +570,80 @@ def test_application_that_closes_every_descriptor_goes_on(stepped: Generation, f
         stepped.frame("metrics")
     assert tell(fifo, "result['alive'] = True") == {"alive": True}
     assert not stepped.child.ended
+
+
+SPAWNING = """\
+import concurrent.futures, multiprocessing, sys
+import work
+
+MINE = "old"
+
+def versions(thing):
+    import late
+    import json
+    return [MINE, work.VALUE, late.VALUE, type(thing).__module__, hasattr(json, "MINE")]
+
+def nested(method, thing):
+    return in_a_process(method, thing)
+
+def in_a_process(method, thing, function=versions, *arguments):
+    context = multiprocessing.get_context(method)
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *arguments, thing).result()
+
+if __name__ == "__main__":
+    print("imported", flush=True)
+    open(sys.argv[1]).close()  # Wait.
+    print(in_a_process("spawn", work.Thing()), flush=True)
+    print(in_a_process("forkserver", work.Thing()), flush=True)
+    print(in_a_process("spawn", work.Thing(), nested, "spawn"), flush=True)
+"""
+
+
+def test_spawned_workers_import_what_their_generation_was_started_from(
+    tree: Path, generation: Callable[..., Generation], capfd: pytest.CaptureFixture[str]
+) -> None:
+    sources = {
+        "main.py": SPAWNING,
+        "work.py": "VALUE = 'old'\nclass Thing: pass\n",
+        "late.py": "VALUE = 'old'\n",
+        "json.py": "MINE = True\n",
+    }
+    for name, text in sources.items():
+        (tree / name).write_text(text, encoding="utf-8")
+    for name in ("go", "go too"):
+        os.mkfifo(tree / name)
+    one = generation(Target("script", "main.py", ("go",)), PYTHONPATH=str(tree))
+    one.go()
+    plain = subprocess.Popen(
+        [sys.executable, "main.py", "go too"], cwd=tree, stdout=subprocess.PIPE, text=True
+    )
+    assert plain.stdout is not None
+    assert plain.stdout.readline() == "imported\n"
+    for name, text in sources.items():
+        (tree / name).write_text(text.replace("old", "new"), encoding="utf-8")
+    for name in ("go", "go too"):
+        (tree / name).write_bytes(b"")
+    control, _ = plain.communicate()
+    os.waitid(os.P_PID, one.child.pid, os.WEXITED | os.WNOWAIT)
+    assert "'new'" in control, "void: plain Python was expected to mix versions"
+    assert capfd.readouterr().out.splitlines() == [
+        "imported",
+        *["['old', 'old', 'old', 'work', True]"] * 3,
+    ]
+
+
+def test_spawning_is_not_made_ready_for_an_application_that_does_not_spawn(
+    stepped: Generation, fifo: Path
+) -> None:
+    code = "import sys; result['loaded'] = [name for name in sys.modules if 'multiprocessing' in name]"
+    assert tell(fifo, code) == {"loaded": []}
+    assert stepped.verdict().problem is None
+
+
+def test_source_run_by_its_path_is_pinned(stepped: Generation, tree: Path, fifo: Path) -> None:
+    (tree / "later.py").write_text("VALUE = 'new'\n", encoding="utf-8")
+    assert tell(fifo, "import runpy; result['value'] = runpy.run_path('later.py')['VALUE']") == {
+        "value": "pinned"
+    }
+    assert "later.py" in {module.path for module in stepped.attest().modules if module.sha256}
