@@ -23,7 +23,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from supervisor.errors import BlobError
-from supervisor.manifest import Manifest
+from supervisor.manifest import Manifest, Tree
 
 
 class BlobStore:
@@ -88,6 +88,24 @@ class BlobStore:
         if _content(path) != content:
             _write(path, content)
         return path
+
+    def get_manifest(self, digest: str) -> Manifest:
+        """Return the manifest kept under a tree digest.
+
+        Raises:
+            BlobError: there is none, or it or one of its sources is not what it was.
+        """
+        path = self.manifests / f"{digest}.json"
+        try:
+            body = json.loads(path.read_bytes())
+            kept = Manifest.of(Tree(tuple(body["roots"])), body["sources"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BlobError(f"the manifest {path} is not readable: {error}") from error
+        if kept.digest != digest:
+            raise BlobError(f"the manifest {path} is damaged; remove it")
+        for source in kept.sources.values():
+            self.get(source)
+        return kept
 
     def collect(self, keep: Collection[Manifest]) -> None:
         """Remove what none of ``keep`` needs, and what a killed run left half written.

@@ -100,6 +100,20 @@ def run(
     verify_interval: Annotated[
         float | None, typer.Option(help="Seconds between attestations. [default: 30]")
     ] = None,
+    probation: Annotated[
+        float | None,
+        typer.Option(help="Seconds that new code must serve before it is known good. [default: 30]"),
+    ] = None,
+    max_memory: Annotated[
+        int | None, typer.Option(help="Resident memory in bytes from which a child is replaced.")
+    ] = None,
+    max_age: Annotated[
+        float | None, typer.Option(help="Seconds of service after which a child is replaced.")
+    ] = None,
+    env_file: Annotated[
+        str | None,
+        typer.Option(help="File of NAME=value lines for the child; a change makes a new generation."),
+    ] = None,
     runtime_dir: RuntimeDir = None,
     state_dir: Annotated[
         str | None, typer.Option(help="Directory for pinned sources.", show_default=False)
@@ -122,6 +136,10 @@ def run(
         quiet=quiet,
         scan_interval=scan_interval,
         verify_interval=verify_interval,
+        probation=probation,
+        max_memory=max_memory,
+        max_age=max_age,
+        env_file=env_file,
         runtime_dir=runtime_dir,
         state_dir=state_dir,
         listen=listen,

@@ -4,27 +4,37 @@ The rule: it decides nothing. An action of the lifecycle becomes a process, a si
 datagram or an exit becomes an event of the lifecycle. The numbers of generations are the only thing both
 sides speak of.
 
-One reaper: nobody else in the supervisor waits for a child.
+One reaper: nobody else in the supervisor waits for a child. That one has ended is told when everything it left
+behind is gone as well: the next one may want its port.
 """
 
 from __future__ import annotations
 
+import logging
 import secrets
 import selectors
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from supervisor import launch, lifecycle, verify
+from supervisor import ends, events, launch, orphans, verify
+from supervisor.history import Ending
 from supervisor.launch import Child, LaunchRequest
 from supervisor.manifest import Manifest
 from supervisor.notify import Datagram
+from supervisor.output import Output
 from supervisor.settings import Target
+
+log = logging.getLogger("wa-supervisor")
 
 _USEC = 1_000_000
 _LONGEST_USEC_DIGITS = 15
+_SWEEP_LOOK_SECONDS = 0.02
+_ENDINGS_KEPT = 100
+_DUMP_BEGINS = "Fatal Python error: Aborted"
+_OUTPUT_LINES = 50
 
 
 @dataclass
@@ -37,6 +47,10 @@ class Running:
         mute: it closed its end of the channel and lives on: nothing can be learnt from it any more.
         verdict: of its last attestation, None before the first.
         commit: that the tree stood at when it was started, where git knows it.
+        family: the process with all that descends from it.
+        started_at: monotonic time of its start.
+        look: how it looked when it was judged to stand still.
+        killed: we sent it SIGKILL ourselves.
         status: what it said of itself (STATUS=).
     """
 
@@ -44,6 +58,8 @@ class Running:
     manifest: Manifest
     child: Child
     started_wall_seconds: float
+    started_at: float
+    family: orphans.Family
     commit: str | None = None
     nonce: str | None = None
     verdict: verify.Verdict | None = None
@@ -51,6 +67,8 @@ class Running:
     mute: bool = False
     status: str = ""
     failure: Mapping[str, Any] = field(default_factory=dict)
+    look: ends.Look | None = None
+    killed: bool = False
 
 
 class Fleet:
@@ -60,6 +78,9 @@ class Fleet:
         target: what each runs.
         blobs: directory of the pinned sources.
         selector: the main loop's.
+        notify_socket: where the processes report to.
+        output: takes what they write.
+        helpers: returns the pids of other children that somebody waits for.
         environment: returns a generation's environment, from its number and its tree digest.
         disk: returns what is on disk now, for comparison.
         prints: returns the prints of the code that each source has, by its sha256.
@@ -74,10 +95,13 @@ class Fleet:
         target: Target,
         blobs: Path,
         selector: selectors.BaseSelector,
+        notify_socket: Path,
+        output: Output,
+        helpers: Callable[[], Collection[int]],
         environment: Callable[[int, str], Mapping[str, str]],
         disk: Callable[[], Manifest | None],
         prints: Callable[[], Mapping[str, Mapping[str, str]]],
-        happened: Callable[[lifecycle.Event], None],
+        happened: Callable[[events.Event], None],
         metrics: Callable[[int, list[Mapping[str, Any]]], None],
         suspected: Callable[[int, str], None],
     ) -> None:
@@ -90,7 +114,13 @@ class Fleet:
         self._happened = happened
         self._metrics = metrics
         self._suspected = suspected
+        self._notify_socket = notify_socket
+        self._output = output
+        self._helpers = helpers
         self._running: dict[int, Running] = {}
+        self._endings: dict[int, Ending] = {}
+        self._kills = ends.OutOfMemoryKills()
+        self._kills_before = self._kills.read()
 
     def get(self, number: int | None) -> Running | None:
         """Return a generation that has a process."""
@@ -113,8 +143,10 @@ class Fleet:
             target=self._target,
             environment=self._environment(number, manifest.digest),
         )
-        child = launch.launch(request)
-        running = Running(number, manifest, child, time.time(), commit)
+        with self._output.attach(number) as pipes:
+            child = launch.launch(request, pipes.stdout, pipes.stderr)
+        family = orphans.Family(number, child.pid, self._notify_socket)
+        running = Running(number, manifest, child, time.time(), time.monotonic(), family, commit)
         self._running[number] = running
         self._selector.register(child.channel, selectors.EVENT_READ, lambda: self._readable(running))
 
@@ -133,38 +165,115 @@ class Fleet:
         if running is not None:
             running.child.send({"type": "go"})
 
+    def dump(self, number: int) -> None:
+        """Note where a process stands and have it write down its stacks; one that was stopped is killed.
+
+        A stopped process could write nothing before it is continued, and then it would resume its work.
+        """
+        running = self._running.get(number)
+        if running is None:
+            return
+        running.look = ends.look(running.child.pid)
+        if running.look is not None and running.look.stopped:
+            self.kill(number)
+        else:
+            running.family.look()
+            running.child.abort()
+
     def terminate(self, number: int) -> None:
         """Send SIGTERM."""
         running = self._running.get(number)
         if running is not None:
+            running.family.look()
             running.child.terminate()
 
     def kill(self, number: int) -> None:
         """Send SIGKILL to the process and its group."""
         running = self._running.get(number)
         if running is not None:
+            running.killed = True
+            running.family.look()
             running.child.kill_group()
 
     # --- events -------------------------------------------------------------------------------------------
 
-    def reap(self) -> None:
-        """Collect those that have ended."""
+    def reap(self, now: float) -> None:
+        """Collect those that have ended, each with all that it left behind."""
         for running in list(self._running.values()):
-            if not running.child.ended:
-                continue
-            self._drain_channel(running)
-            how = launch.reap(running.child)
-            del self._running[running.number]
-            failure = running.failure
-            error = failure.get("error")
-            self._happened(
-                lifecycle.Exited(
-                    running.number,
-                    how,
-                    str(error) if error else None,
-                    importing=bool(failure.get("importing")),
-                )
+            if running.child.ended and self._swept(running, now):
+                self._collect(running, now)
+        orphans.reap_strays(self._known_pids())
+
+    def deadline(self, now: float) -> float | None:
+        """Return when :meth:`reap` is to look again although no process has ended."""
+        sweeping = any(running.child.ended for running in self._running.values())
+        return now + _SWEEP_LOOK_SECONDS if sweeping else None
+
+    def _swept(self, running: Running, now: float) -> bool:
+        others = [other.family for other in self._running.values() if not other.child.ended]
+        if not running.family.turn(others=others, known=self._known_pids(), now=now):
+            return False
+        if running.family.left:
+            left = ", ".join(running.family.left)
+            log.error("generation %d left processes that cannot be killed: %s", running.number, left)
+        return True
+
+    def _known_pids(self) -> Collection[int]:
+        return {running.child.pid for running in self._running.values()} | set(self._helpers())
+
+    def _collect(self, running: Running, now: float) -> None:
+        self._drain_channel(running)
+        end = ends.end_of(
+            launch.reap(running.child),
+            kills_before=self._kills_before,
+            kills_after=self._kills.read(),
+            by_us=running.killed,
+        )
+        del self._running[running.number]
+        self._remember_ending(running, end, now)
+        error = running.failure.get("error")
+        self._happened(
+            events.Exited(
+                running.number,
+                str(end),
+                str(error) if error else None,
+                importing=bool(running.failure.get("importing")),
             )
+        )
+
+    def _remember_ending(self, running: Running, end: ends.End, now: float) -> None:
+        lines = self._output.tail(running.number)
+        self._output.forget(running.number)
+        begins = [number for number, line in enumerate(lines) if line.startswith(_DUMP_BEGINS)]
+        dump = lines[begins[-1] :] if begins and running.look is not None else ()
+        self._endings[running.number] = Ending(
+            pid=running.child.pid,
+            lived_seconds=round(now - running.started_at, 3),
+            exit_status=end.exit_status,
+            signal=end.signal,
+            oom=end.oom,
+            stopped=running.look is not None and running.look.stopped,
+            output=lines[-_OUTPUT_LINES:],
+            dump=dump or ((str(running.look),) if running.look is not None else ()),
+        )
+        for number in sorted(self._endings)[:-_ENDINGS_KEPT]:
+            del self._endings[number]
+
+    def ending(self, number: int) -> Ending | None:
+        """Return how a generation ended, if it was not long ago."""
+        return self._endings.get(number)
+
+    def look(self) -> None:
+        """Remember what will be needed when a process has ended; for now and then."""
+        self._kills_before = self._kills.read()
+        for running in self._running.values():
+            running.family.look()
+
+    @property
+    def identities(self) -> dict[int, orphans.Identity]:
+        """Number of each generation to what its process can be recognised by later."""
+        found = {number: orphans.identify(running.child.pid) for number, running in self._running.items()}
+        return {number: identity for number, identity in found.items() if identity is not None}
 
     def datagram(self, message: Datagram) -> None:
         """Take a message of sd_notify; only a generation's own main process is heard."""
@@ -175,10 +284,10 @@ class Fleet:
     def _notified(self, running: Running, fields: Mapping[str, str]) -> None:
         running.status = fields.get("STATUS", running.status)
         if fields.get("READY") == "1":
-            self._happened(lifecycle.Ready(running.number))
+            self._happened(events.Ready(running.number))
         extend = _seconds(fields.get("EXTEND_TIMEOUT_USEC", ""))
         if fields.get("WATCHDOG") == "1" or extend:
-            self._happened(lifecycle.Beat(running.number, extend))
+            self._happened(events.Beat(running.number, extend))
         if "X_SUSPECT" in fields:
             self._suspected(running.number, fields["X_SUSPECT"])
 
@@ -209,7 +318,7 @@ class Fleet:
     def _frame(self, running: Running, frame: Mapping[str, Any]) -> None:
         match frame.get("type"):
             case "imported":
-                self._happened(lifecycle.Imported(running.number))
+                self._happened(events.Imported(running.number))
             case "attestation":
                 self._attested(running, frame)
             case "metrics" if isinstance(frame.get("families"), list):
@@ -224,12 +333,12 @@ class Fleet:
         try:
             attestation = verify.parse(frame)
         except verify.AttestationError as error:
-            self._happened(lifecycle.Attested(running.number, str(error)))
+            self._happened(events.Attested(running.number, str(error)))
             return
         disk = self._disk() or running.manifest
         verdict = verify.compare(running.manifest, disk, attestation, self._prints())
         running.verdict = verdict
-        self._happened(lifecycle.Attested(running.number, verdict.problem, importing=attestation.importing))
+        self._happened(events.Attested(running.number, verdict.problem, importing=attestation.importing))
 
 
 def _seconds(usec: str) -> float:

@@ -14,15 +14,19 @@ and there is at most one LIVE, and at most one of the first three, the *candidat
   candidate went live, in ``replace`` when the candidate stands at its gate with everything imported.
 - In ``replace`` nobody is told to go while another child that was told to go still lives: never two live
   mains.
-- A candidate that fails costs the service nothing while the live child serves. If that one was already
-  stopped, the last good tree is started again, from its blobs: outcome ``rolled_back``.
-- A live child that ends without being asked is started again, from the same tree, after a backoff that
-  doubles up to a cap with jitter and is reset by a healthy spell. The supervisor never gives up and never
-  storms.
-- No wait is without a bound: every stage but LIVE has a deadline.
+- A tree is *known good* once a generation of it has served its probation: live, attested, neither ended nor
+  hung. A tree that fails before that, as a candidate or on probation, is *quarantined*: nothing automatic
+  starts it again until the disk holds another one. The newest tree that served without a fault takes its
+  place: the live child where there is one, else a new process from its blobs, outcome ``rolled_back``.
+- A child that ends and for which there is nothing better is started again from the same tree, after a backoff
+  that doubles up to a cap with jitter and is reset by a healthy spell. The same backoff bounds how often a
+  child is replaced for its memory or its age. The supervisor never gives up and never storms.
+- No wait is without a bound: every stage but LIVE has a deadline. A child that misses it, or whose silence
+  outlasts the watchdog, is asked for its stacks and killed a moment later.
 - A live child found to run other code than its manifest's is replaced through the ordinary handover, once per
   tree.
-- The operator's stop beats everything: after it nothing is launched.
+- The operator beats everything. After a stop nothing is launched. During a pause no other code is launched
+  than what runs; that is kept running.
 
 Time is monotonic seconds, passed in with each event. Every event is defined in every state: one about a
 generation that is gone is ignored, because processes end while messages about them are on their way.
@@ -34,16 +38,51 @@ asked about all of them. The form is that of h11's ``_state.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Literal
 
-Outcome = Literal["live", "unchanged", "superseded", "rejected", "rolled_back"]
+from supervisor.events import (
+    AUTOMATIC_TRIGGERS,
+    OPERATOR_TRIGGERS,
+    Action,
+    Attest,
+    Attested,
+    Beat,
+    Dump,
+    Event,
+    Exceeded,
+    Exited,
+    Go,
+    Imported,
+    Kill,
+    Launch,
+    PauseRequested,
+    Promoted,
+    Ready,
+    Reason,
+    Report,
+    Restarting,
+    RestartRequested,
+    ResumeRequested,
+    RollbackRequested,
+    Slept,
+    StopRequested,
+    Terminate,
+    Tick,
+    TreeReady,
+    TreeRejected,
+    TreeSeen,
+    TreeUnchanged,
+)
+
 _LOOK_AGAIN_SECONDS = 0.02
 """Between two looks at a child that is in the middle of its imports."""
 
-Reason = Literal["syntax", "import", "attestation", "readiness", "crash"]
+LAST_WORDS_SECONDS = 1.0
+"""What a child that failed gets to write down its stacks or to end by itself."""
+
+KNOWN_GOOD_KEPT = 3
 
 
 class Stage(Enum):
@@ -66,6 +105,8 @@ class Policy:
         ready_timeout_seconds: from launch, or from ``go``, to live.
         stop_timeout_seconds: from SIGTERM to SIGKILL.
         watchdog_seconds: longest silence of a live child; 0 for no limit.
+        probation_seconds: how long a generation must serve before its tree is known good.
+        max_age_seconds: a live child is replaced after this time; None for never.
         backoff_first_seconds: wait before the first restart of a child that ended.
         backoff_cap_seconds: longest wait.
         healthy_seconds: a child that served this long resets the backoff.
@@ -77,6 +118,8 @@ class Policy:
     ready_timeout_seconds: float = 30.0
     stop_timeout_seconds: float = 20.0
     watchdog_seconds: float = 15.0
+    probation_seconds: float = 30.0
+    max_age_seconds: float | None = None
     backoff_first_seconds: float = 0.25
     backoff_cap_seconds: float = 30.0
     healthy_seconds: float = 30.0
@@ -94,9 +137,12 @@ class Generation:
         stage: where it is.
         since: when it came into this stage.
         deadline: when this stage counts as failed; None while live without a watchdog.
+        probation_until: when a live one has served its probation; None once that was noticed.
+        renew_at: when a live one is too old; None for never.
         ready: it said READY=1.
         attested: it was attested since it was told to go.
         was_started: it was told to go, so it may be at work.
+        served_probation: the next proof of its code makes its tree known good.
         killed_for: why we killed it, if we did; becomes the cause of its end.
     """
 
@@ -106,54 +152,39 @@ class Generation:
     stage: Stage
     since: float
     deadline: float | None
+    probation_until: float | None = None
+    renew_at: float | None = None
     ready: bool = False
     attested: bool = False
     was_started: bool = False
+    served_probation: bool = False
     killed_for: str | None = None
+
+    def next_at(self) -> float | None:
+        """Return when something is to be decided about it at the earliest."""
+        times = (self.deadline, self.probation_until, self.renew_at)
+        return min((at for at in times if at is not None), default=None)
+
+    def later(self, seconds: float) -> Generation:
+        """Return it with all its times put off."""
+
+        def put_off(at: float | None) -> float | None:
+            return at + seconds if at is not None else None
+
+        return replace(
+            self,
+            deadline=put_off(self.deadline),
+            probation_until=put_off(self.probation_until),
+            renew_at=put_off(self.renew_at),
+        )
 
 
 @dataclass(frozen=True)
-class State:
-    """All that is decided upon.
+class Fault:
+    """Why a tree is in quarantine; ``reason`` is None where the operator put it there."""
 
-    Attributes:
-        live: the generation that serves.
-        candidate: the one that is to take over.
-        draining: those that were asked to stop.
-        good: tree of the newest generation that went live.
-        retry: what to start again when its time has come.
-        mismatched: tree of the last live child that ran other code than its manifest's; it is replaced once.
-        failures: ends in a row without a healthy spell between them.
-        next_number: of the next generation.
-        stopping: the operator asked to stop.
-    """
-
-    live: Generation | None = None
-    candidate: Generation | None = None
-    draining: tuple[Generation, ...] = ()
-    good: str | None = None
-    retry: Retry | None = None
-    mismatched: str | None = None
-    failures: int = 0
-    next_number: int = 1
-    stopping: bool = False
-
-    @property
-    def all(self) -> tuple[Generation, ...]:
-        """Every generation that has a process."""
-        return (*(g for g in (self.live, self.candidate) if g is not None), *self.draining)
-
-    @property
-    def finished(self) -> bool:
-        """Whether the operator's stop has been carried out."""
-        return self.stopping and not self.all
-
-    def deadline(self) -> float | None:
-        """Return when :class:`Tick` has something to decide at the earliest, or None."""
-        times = [g.deadline for g in self.all if g.deadline is not None]
-        if self.retry is not None:
-            times.append(self.retry.at)
-        return min(times, default=None)
+    reason: Reason | None
+    detail: str
 
 
 @dataclass(frozen=True)
@@ -171,143 +202,69 @@ class Retry:
     trigger: str
 
 
-# --- events -----------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
-class TreeReady:
-    """A manifest passed its compilation and is to become the running code."""
-
-    tree: str
-    trigger: str
-
-
-@dataclass(frozen=True)
-class TreeUnchanged:
-    """The tree on disk is the one that is live."""
-
-    tree: str
-
-
-@dataclass(frozen=True)
-class Imported:
-    """A child stands at its gate with its imports done."""
-
-    number: int
-
-
-@dataclass(frozen=True)
-class Attested:
-    """A child's attestation was compared: ``problem`` is None if it runs what it was started from."""
-
-    number: int
-    problem: str | None
-    importing: bool = False
-
-
-@dataclass(frozen=True)
-class Ready:
-    """A child said READY=1."""
-
-    number: int
-
-
-@dataclass(frozen=True)
-class Beat:
-    """A child said WATCHDOG=1, or asked for more time (``extend_seconds``)."""
-
-    number: int
-    extend_seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Exited:
-    """A child is gone and reaped.
+class State:
+    """All that is decided upon.
 
     Attributes:
-        how: for people, for example ``exit status 7``.
-        error: the exception that ended it, where it told us.
-        importing: that exception came from loading code.
+        live: the generation that serves.
+        candidate: the one that is to take over.
+        draining: those that were asked to stop.
+        served: tree of the newest generation that went live and has not failed on probation.
+        known_good: trees that served their probation, newest first.
+        quarantine: trees that failed, and how.
+        retry: what to start again when its time has come.
+        mismatched: tree of the last live child that ran other code than its manifest's; it is replaced once.
+        failures: ends in a row without a healthy spell between them.
+        renewed_at: when a live child was last replaced for a limit.
+        next_number: of the next generation.
+        paused: the operator wants no other code to be started.
+        stopping: the operator asked to stop.
     """
 
-    number: int
-    how: str
-    error: str | None = None
-    importing: bool = False
+    live: Generation | None = None
+    candidate: Generation | None = None
+    draining: tuple[Generation, ...] = ()
+    served: str | None = None
+    known_good: tuple[str, ...] = ()
+    quarantine: Mapping[str, Fault] = field(default_factory=dict)
+    retry: Retry | None = None
+    mismatched: str | None = None
+    failures: int = 0
+    renewed_at: float = float("-inf")
+    next_number: int = 1
+    paused: bool = False
+    stopping: bool = False
 
+    @property
+    def all(self) -> tuple[Generation, ...]:
+        """Every generation that has a process."""
+        return (*(g for g in (self.live, self.candidate) if g is not None), *self.draining)
 
-@dataclass(frozen=True)
-class Tick:
-    """Time has passed."""
+    @property
+    def trees(self) -> frozenset[str]:
+        """Every tree that may have to be started again, from its blobs."""
+        trees = {*self.known_good, *(g.tree for g in self.all)}
+        trees |= {self.served} if self.served is not None else set()
+        return frozenset(trees | ({self.retry.tree} if self.retry is not None else set()))
 
+    @property
+    def earlier_good(self) -> str | None:
+        """The known good tree that an operator's rollback leads to."""
+        running = self.live.tree if self.live is not None else self.retry.tree if self.retry else None
+        return next((tree for tree in self.known_good if tree != running), None)
 
-@dataclass(frozen=True)
-class StopRequested:
-    """The operator wants the service stopped."""
+    @property
+    def finished(self) -> bool:
+        """Whether the operator's stop has been carried out."""
+        return self.stopping and not self.all
 
-
-Event = TreeReady | TreeUnchanged | Imported | Attested | Ready | Beat | Exited | Tick | StopRequested
-
-# --- actions ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Start a process for this generation."""
-
-    generation: Generation
-
-
-@dataclass(frozen=True)
-class Attest:
-    """Ask a child for an attestation, after a delay."""
-
-    number: int
-    delay_seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Go:
-    """Let a child pass its gate."""
-
-    number: int
-
-
-@dataclass(frozen=True)
-class Terminate:
-    """Send SIGTERM to a child."""
-
-    number: int
-
-
-@dataclass(frozen=True)
-class Kill:
-    """Send SIGKILL to a child and its process group."""
-
-    number: int
-
-
-@dataclass(frozen=True)
-class Report:
-    """The attempt to make this generation live has ended."""
-
-    number: int
-    outcome: Outcome
-    reason: Reason | None = None
-    detail: str | None = None
-
-
-@dataclass(frozen=True)
-class Restarting:
-    """A child that served has ended unasked and will be started again."""
-
-    number: int
-    cause: str
-    detail: str
-    wait_seconds: float
-
-
-Action = Launch | Attest | Go | Terminate | Kill | Report | Restarting
+    def deadline(self) -> float | None:
+        """Return when :class:`Tick` has something to decide at the earliest, or None."""
+        times = [at for g in self.all if (at := g.next_at()) is not None]
+        if self.retry is not None:
+            times.append(self.retry.at)
+        return min(times, default=None)
 
 
 @dataclass
@@ -319,19 +276,42 @@ class _Step:
     state: State
     actions: list[Action] = field(default_factory=list)
 
-    # --- the events, one method each ----------------------------------------------------------------------
+    # --- the tree -----------------------------------------------------------------------------------------
 
     def tree_ready(self, event: TreeReady) -> None:
         if self.state.stopping:
             return
-        self._supersede(event.tree)
+        if event.trigger in AUTOMATIC_TRIGGERS:
+            if self.state.paused:
+                return
+            if event.tree in self.state.quarantine:
+                self.tree_rejected()
+                return
+        self._release(event.tree)
+        self._supersede(event.tree, renew=event.renew)
         if self.state.candidate is None:
             self._launch(event.tree, event.trigger)
+
+    def tree_rejected(self) -> None:
+        """With nothing running and nothing on its way, what was good runs."""
+        state = self.state
+        idle = state.live is None and state.candidate is None and state.retry is None
+        good = next(iter(self._good()), None)
+        if idle and not state.stopping and good is not None:
+            self._launch(good, "start")
 
     def tree_unchanged(self, event: TreeUnchanged) -> None:
         live = self.state.live
         if live is not None and live.tree == event.tree:  # It may have ended since somebody looked.
             self._supersede(event.tree)
+
+    def tree_seen(self, event: TreeSeen) -> None:
+        """A quarantine ends with the first change of the disk."""
+        kept = {tree: fault for tree, fault in self.state.quarantine.items() if tree == event.tree}
+        if kept != self.state.quarantine:
+            self.state = replace(self.state, quarantine=kept)
+
+    # --- children -----------------------------------------------------------------------------------------
 
     def imported(self, event: Imported) -> None:
         candidate = self._candidate(event.number)
@@ -339,9 +319,9 @@ class _Step:
             self.actions.append(Attest(candidate.number))
 
     def attested(self, event: Attested) -> None:
-        live = self.state.live
-        if live is not None and live.number == event.number and event.problem is not None:
-            self._live_mismatched(live, event.problem)
+        live = self._live(event.number)
+        if live is not None:
+            self._live_attested(live, event)
         candidate = self._candidate(event.number)
         if candidate is None:
             return
@@ -351,10 +331,8 @@ class _Step:
             self._set_candidate(replace(candidate, stage=Stage.HELD, since=self.now))
             self._open_gate()
         elif candidate.stage is Stage.STARTED:
-            if event.importing:
-                self.actions.append(
-                    Attest(candidate.number, _LOOK_AGAIN_SECONDS)
-                )  # Still in its import statements.
+            if event.importing:  # Still in its import statements.
+                self.actions.append(Attest(candidate.number, _LOOK_AGAIN_SECONDS))
             else:
                 self._set_candidate(replace(candidate, attested=True))
                 self._promote_if_due()
@@ -367,12 +345,17 @@ class _Step:
 
     def beat(self, event: Beat) -> None:
         seconds = max(event.extend_seconds, self.policy.watchdog_seconds)
-        live, candidate = self.state.live, self._candidate(event.number)
-        if live is not None and live.number == event.number and live.deadline is not None:
-            self.state = replace(self.state, live=replace(live, deadline=self.now + seconds))
+        live, candidate = self._live(event.number), self._candidate(event.number)
+        if live is not None and live.deadline is not None and live.killed_for is None:
+            self._set_live(replace(live, deadline=self.now + seconds))
         elif candidate is not None and event.extend_seconds and candidate.deadline is not None:
             later = max(candidate.deadline, self.now + event.extend_seconds)
             self._set_candidate(replace(candidate, deadline=later))
+
+    def exceeded(self, event: Exceeded) -> None:
+        live = self._live(event.number)
+        if live is not None and self._served_since(live) + self._backoff_seconds() <= self.now:
+            self._renew(live, event.cause, event.detail)
 
     def exited(self, event: Exited) -> None:
         gone = next((g for g in self.state.all if g.number == event.number), None)
@@ -386,25 +369,65 @@ class _Step:
             self._failed(gone, reason, event.error or f"it ended with {event.how} before it was live")
         self._open_gate()
 
-    def tick(self, _event: Tick) -> None:
+    # --- time ---------------------------------------------------------------------------------------------
+
+    def tick(self) -> None:
         for generation in self.state.all:
-            if generation.deadline is None or generation.deadline > self.now:
-                continue
-            if generation.stage is Stage.DRAINING:
-                self.actions.append(Kill(generation.number))
-                self._replace_draining(replace(generation, deadline=None))
-            elif generation.stage is Stage.LIVE:
-                self._kill(generation, "hang")
-            else:
-                waited = f"not live within {self.policy.ready_timeout_seconds:g} s ({generation.stage.value})"
-                self._fail(generation, "readiness", waited)
+            if generation.deadline is not None and generation.deadline <= self.now:
+                self._overdue(generation)
+        live = self.state.live
+        if live is not None and live.probation_until is not None and live.probation_until <= self.now:
+            self._set_live(replace(live, probation_until=None, served_probation=True))
+            self.actions.append(Attest(live.number))
+        live = self.state.live
+        if live is not None and live.renew_at is not None and live.renew_at <= self.now:
+            self._set_live(replace(live, renew_at=self.now + self.policy.backoff_cap_seconds))
+            self._renew(live, "age", f"it served for {self.now - live.since:.0f} s")
         retry = self.state.retry
         if retry is not None and retry.at <= self.now and not self.state.stopping:
             self.state = replace(self.state, retry=None)
             if self.state.candidate is None:
                 self._launch(retry.tree, retry.trigger)
 
-    def stop_requested(self, _event: StopRequested) -> None:
+    def slept(self, event: Slept) -> None:
+        state, seconds = self.state, event.seconds
+        self.state = replace(
+            state,
+            live=state.live.later(seconds) if state.live is not None else None,
+            candidate=state.candidate.later(seconds) if state.candidate is not None else None,
+            draining=tuple(generation.later(seconds) for generation in state.draining),
+        )
+
+    # --- the operator -------------------------------------------------------------------------------------
+
+    def restart_requested(self) -> None:
+        state = self.state
+        if state.stopping or state.candidate is not None:
+            return  # A new process is on its way already.
+        if state.live is not None:
+            self._launch(state.live.tree, "cli")
+        elif state.retry is not None:
+            self._launch(state.retry.tree, "cli")
+
+    def rollback_requested(self, event: RollbackRequested) -> None:
+        target, live = self.state.earlier_good, self.state.live
+        if target is None or self.state.stopping:
+            return
+        self._release(target)
+        self._supersede(target)
+        if live is not None and live.tree != target:
+            self._quarantine(live.tree, None, event.detail)
+        if self.state.candidate is None:
+            self._launch(target, "cli")
+
+    def pause_requested(self) -> None:
+        self.state = replace(self.state, paused=True)
+        live, candidate = self.state.live, self.state.candidate
+        if live is not None and candidate is not None and candidate.trigger in AUTOMATIC_TRIGGERS:
+            self._discard(candidate)
+            self.actions.append(Report(candidate.number, "superseded", detail="by the operator's pause"))
+
+    def stop_requested(self) -> None:
         self.state = replace(self.state, stopping=True, retry=None)
         if self.state.candidate is not None:
             self.actions.append(
@@ -416,25 +439,40 @@ class _Step:
 
     # --- the decisions they share -------------------------------------------------------------------------
 
+    def _live(self, number: int) -> Generation | None:
+        live = self.state.live
+        return live if live is not None and live.number == number else None
+
     def _candidate(self, number: int) -> Generation | None:
         candidate = self.state.candidate
         return candidate if candidate is not None and candidate.number == number else None
 
-    def _supersede(self, tree: str) -> None:
-        """Discard a candidate of another tree; one of this tree is on its way and stays."""
-        candidate = self.state.candidate
-        if candidate is not None and candidate.tree != tree:
-            self.actions.append(Report(candidate.number, "superseded", detail=f"by tree {tree[:12]}"))
-            self._discard(candidate)
+    def _set_live(self, live: Generation) -> None:
+        self.state = replace(self.state, live=live)
 
     def _set_candidate(self, candidate: Generation | None) -> None:
         self.state = replace(self.state, candidate=candidate)
 
+    def _quarantine(self, tree: str, reason: Reason | None, detail: str) -> None:
+        self.state = replace(self.state, quarantine={**self.state.quarantine, tree: Fault(reason, detail)})
+
+    def _release(self, tree: str) -> None:
+        if tree in self.state.quarantine:
+            kept = {other: fault for other, fault in self.state.quarantine.items() if other != tree}
+            self.state = replace(self.state, quarantine=kept)
+
+    def _supersede(self, tree: str, *, renew: bool = False) -> None:
+        """Discard a candidate of another tree; one of this tree is on its way and stays, unless outdated."""
+        candidate = self.state.candidate
+        if candidate is not None and (candidate.tree != tree or renew):
+            self.actions.append(Report(candidate.number, "superseded", detail=f"by tree {tree[:12]}"))
+            self._discard(candidate)
+
     def _launch(self, tree: str, trigger: str) -> None:
-        deadline = self.now + self.policy.ready_timeout_seconds
-        generation = Generation(self.state.next_number, tree, trigger, Stage.LAUNCHED, self.now, deadline)
-        self.state = replace(self.state, candidate=generation, next_number=generation.number + 1, retry=None)
-        self.actions.append(Launch(generation))
+        number, deadline = self.state.next_number, self.now + self.policy.ready_timeout_seconds
+        generation = Generation(number, tree, trigger, Stage.LAUNCHED, self.now, deadline)
+        self.state = replace(self.state, candidate=generation, next_number=number + 1, retry=None)
+        self.actions.append(Launch(number, tree, trigger))
 
     def _open_gate(self) -> None:
         """Let a held candidate go if the handover allows it; ``replace`` stops the live child first."""
@@ -459,31 +497,43 @@ class _Step:
         candidate = self.state.candidate
         if candidate is None or not candidate.attested or (self.policy.notify and not candidate.ready):
             return
-        previous = self.state.live
-        watched = self.policy.notify and self.policy.watchdog_seconds > 0
-        deadline = self.now + self.policy.watchdog_seconds if watched else None
-        live = replace(candidate, stage=Stage.LIVE, since=self.now, deadline=deadline)
-        self.state = replace(self.state, live=live, candidate=None, good=live.tree)
+        policy, previous = self.policy, self.state.live
+        live = replace(
+            candidate,
+            stage=Stage.LIVE,
+            since=self.now,
+            deadline=self.now + policy.watchdog_seconds if policy.watchdog_seconds > 0 else None,
+            probation_until=self.now + policy.probation_seconds,
+            renew_at=self.now + policy.max_age_seconds if policy.max_age_seconds is not None else None,
+        )
+        self.state = replace(self.state, live=live, candidate=None, served=live.tree)
         self.actions.append(Report(live.number, "live"))
         if previous is not None:
             self._drain(previous)
 
-    def _fail(self, candidate: Generation, reason: Reason, detail: str) -> None:
-        """End a candidate that still has a process."""
-        self._discard(candidate)
-        self._failed(candidate, reason, detail)
+    def _live_attested(self, live: Generation, event: Attested) -> None:
+        if event.problem is not None:
+            self._live_mismatched(live, event.problem)
+        elif live.served_probation:
+            self._set_live(replace(live, served_probation=False))
+            others = (tree for tree in self.state.known_good if tree != live.tree)
+            known_good = (live.tree, *others)[:KNOWN_GOOD_KEPT]
+            self.state = replace(self.state, known_good=known_good)
+            self.actions.append(Promoted(live.number, live.tree))
 
-    def _failed(self, candidate: Generation, reason: Reason, detail: str) -> None:
-        """Decide what serves now that a candidate did not become live."""
-        if self.state.live is not None or self.state.stopping:
-            self.actions.append(Report(candidate.number, "rejected", reason, detail))
+    def _live_mismatched(self, live: Generation, problem: str) -> None:
+        """Replace a child that runs other code, once per tree: a second start would not heal it either."""
+        if self.state.candidate is not None or self.state.stopping or live.killed_for is not None:
             return
-        if self.state.good is not None and self.state.good != candidate.tree:
-            self.actions.append(Report(candidate.number, "rolled_back", reason, detail))
-            self._launch(self.state.good, "crash")
+        if self.state.mismatched == live.tree:
             return
-        self.actions.append(Report(candidate.number, "rejected", reason, detail))
-        self._retry(candidate.tree, candidate.trigger)
+        self.state = replace(self.state, mismatched=live.tree)
+        better = self._better_than(live.tree)
+        if better is not None:
+            self._roll_back(live, better, "mismatch", "attestation", problem)
+        else:
+            self.actions.append(Restarting(live.number, "mismatch", problem, 0.0))
+            self._launch(live.tree, "mismatch")
 
     def _live_ended(self, gone: Generation, event: Exited) -> None:
         if self.state.stopping:
@@ -491,23 +541,110 @@ class _Step:
         if self.now - gone.since >= self.policy.healthy_seconds:
             self.state = replace(self.state, failures=0)
         cause = gone.killed_for or "crash"
-        silence = f"no WATCHDOG=1 for {self.policy.watchdog_seconds:g} s; --watchdog 0 turns this off"
+        silence = f"silent for {self.policy.watchdog_seconds:g} s; --watchdog 0 turns this off"
         detail = silence if cause == "hang" else event.error or event.how
-        wait = 0.0 if self.state.candidate is not None else self._retry(gone.tree, cause)
-        self.actions.append(Restarting(gone.number, cause, detail, wait))
+        better = self._better_than(gone.tree)
+        if self.state.candidate is not None:
+            self.actions.append(Restarting(gone.number, cause, detail, 0.0))
+            if better is not None:  # What runs next is on its way; if that fails, it is not this one again.
+                self._quarantine(gone.tree, "crash", detail)
+        elif better is not None:
+            self._roll_back(gone, better, cause, "crash", detail)
+        else:
+            wait = self._retry(gone.tree, cause)
+            self.actions.append(Restarting(gone.number, cause, detail, wait))
 
-    def _live_mismatched(self, live: Generation, problem: str) -> None:
-        """Replace a child that runs other code, once per tree: a second start would not heal it either."""
-        if self.state.candidate is not None or self.state.mismatched == live.tree or self.state.stopping:
+    def _better_than(self, tree: str) -> str | None:
+        """Return what is to run in place of a tree that failed by itself; None if it is the best there is."""
+        if tree in self.state.known_good or self.state.paused:
+            return None
+        return next((good for good in self._good() if good != tree), None)
+
+    def _good(self) -> Sequence[str]:
+        """Return the trees to run again, best first: what an operator put away only did not please him."""
+        state = self.state
+        trees = [tree for tree in (state.served, *state.known_good) if tree is not None]
+        return [t for t in trees if t not in state.quarantine or state.quarantine[t].reason is None]
+
+    def _roll_back(self, failed: Generation, better: str, cause: str, reason: Reason, detail: str) -> None:
+        """Bring an earlier tree back in place of a live one that failed on probation."""
+        self._quarantine(failed.tree, reason, detail)
+        self.state = replace(self.state, failures=self.state.failures + 1)
+        self.actions.append(Restarting(failed.number, cause, detail, 0.0))
+        self.actions.append(Report(failed.number, "rolled_back", reason, f"on probation: {detail}", cause))
+        self._launch(better, cause)
+
+    def _fail(self, candidate: Generation, reason: Reason, detail: str) -> None:
+        """End a candidate that still has a process; one that does not move tells where it stands."""
+        ending = Dump(candidate.number) if reason == "readiness" else Terminate(candidate.number)
+        self._discard(candidate)
+        if candidate.was_started or reason == "readiness":
+            self.actions[-1] = ending
+            draining = next(g for g in self.state.draining if g.number == candidate.number)
+            self._replace_draining(replace(draining, deadline=self.now + LAST_WORDS_SECONDS))
+        self._failed(candidate, reason, detail)
+
+    def _failed(self, candidate: Generation, reason: Reason, detail: str) -> None:
+        """Decide what serves now that a candidate did not become live."""
+        live, tree = self.state.live, candidate.tree
+        if live is not None:
+            better: str | None = live.tree
+        elif candidate.trigger in OPERATOR_TRIGGERS:  # He asked for this one, and not for nothing at all.
+            better = next((good for good in self._good() if good != tree), None)
+        else:
+            better = self._better_than(tree)
+        if better not in {None, tree} and tree not in self.state.known_good:
+            self._quarantine(tree, reason, detail)
+        if live is not None or self.state.stopping:
+            self.actions.append(Report(candidate.number, "rejected", reason, detail))
+        elif better is not None:
+            self.actions.append(Report(candidate.number, "rolled_back", reason, detail))
+            self._release(better)
+            self._launch(better, "crash")
+        else:
+            self.actions.append(Report(candidate.number, "rejected", reason, detail))
+            self._retry(tree, candidate.trigger)
+
+    def _renew(self, live: Generation, cause: str, detail: str) -> None:
+        """Replace a live child that is not wrong but has had its time."""
+        if self.state.candidate is not None or self.state.stopping or live.killed_for is not None:
             return
-        self.state = replace(self.state, mismatched=live.tree)
-        self.actions.append(Restarting(live.number, "mismatch", problem, 0.0))
-        self._launch(live.tree, "mismatch")
+        healthy = self.now - self._served_since(live) >= self.policy.healthy_seconds
+        failures = 1 if healthy else self.state.failures + 1
+        self.state = replace(self.state, failures=failures, renewed_at=self.now)
+        self.actions.append(Restarting(live.number, cause, detail, 0.0))
+        self._launch(live.tree, cause)
+
+    def _served_since(self, live: Generation) -> float:
+        return max(live.since, self.state.renewed_at)
+
+    def _overdue(self, generation: Generation) -> None:
+        if generation.stage is Stage.DRAINING:
+            self.actions.append(Kill(generation.number))
+            self._replace_draining(replace(generation, deadline=None))
+        elif generation.stage is Stage.LIVE:
+            self._hung(generation)
+        else:
+            waited = f"not live within {self.policy.ready_timeout_seconds:g} s ({generation.stage.value})"
+            self._fail(generation, "readiness", waited)
+
+    def _hung(self, live: Generation) -> None:
+        """Have a silent child say where it stands, then kill it; what follows is decided when it is gone."""
+        if live.killed_for is None:
+            deadline = self.now + LAST_WORDS_SECONDS
+            self._set_live(replace(live, deadline=deadline, killed_for="hang"))
+            self.actions.append(Dump(live.number))
+        else:
+            self._set_live(replace(live, deadline=None))
+            self.actions.append(Kill(live.number))
+
+    def _backoff_seconds(self) -> float:
+        grown = self.policy.backoff_first_seconds * 2.0 ** min(self.state.failures, 32)
+        return min(grown, self.policy.backoff_cap_seconds) * self.policy.jitter()
 
     def _retry(self, tree: str, trigger: str) -> float:
         """Note a start for later and return how long it waits."""
-        grown = self.policy.backoff_first_seconds * 2.0 ** min(self.state.failures, 32)
-        wait = min(grown, self.policy.backoff_cap_seconds) * self.policy.jitter()
+        wait = self._backoff_seconds()
         retry = Retry(self.now + wait, tree, trigger)
         self.state = replace(self.state, retry=retry, failures=self.state.failures + 1)
         return wait
@@ -516,7 +653,14 @@ class _Step:
         """Ask a generation to stop; it may finish its work until the drain deadline."""
         deadline = self.now + self.policy.stop_timeout_seconds
         self._forget(generation)
-        draining = replace(generation, stage=Stage.DRAINING, since=self.now, deadline=deadline)
+        draining = replace(
+            generation,
+            stage=Stage.DRAINING,
+            since=self.now,
+            deadline=deadline,
+            probation_until=None,
+            renew_at=None,
+        )
         self.state = replace(self.state, draining=(*self.state.draining, draining))
         self.actions.append(Terminate(generation.number))
 
@@ -526,16 +670,11 @@ class _Step:
         if not candidate.was_started:
             self.actions[-1] = Kill(candidate.number)
 
-    def _kill(self, live: Generation, cause: str) -> None:
-        """Kill the live child for a cause; what follows is decided when it is gone."""
-        self.state = replace(self.state, live=replace(live, deadline=None, killed_for=cause))
-        self.actions.append(Kill(live.number))
-
     def _forget(self, generation: Generation) -> None:
         state = self.state
         self.state = replace(
             state,
-            live=None if state.live is not None and state.live.number == generation.number else state.live,
+            live=None if self._live(generation.number) else state.live,
             candidate=None if self._candidate(generation.number) else state.candidate,
             draining=tuple(g for g in state.draining if g.number != generation.number),
         )
@@ -545,7 +684,7 @@ class _Step:
         self.state = replace(self.state, draining=draining)
 
 
-def step(policy: Policy, state: State, event: Event, now: float) -> tuple[State, Sequence[Action]]:
+def step(policy: Policy, state: State, event: Event, now: float) -> tuple[State, Sequence[Action]]:  # noqa: C901, PLR0912 -- a table
     """Return the state after an event, and the actions that it asks for in the order to carry them out.
 
     Args:
@@ -558,8 +697,12 @@ def step(policy: Policy, state: State, event: Event, now: float) -> tuple[State,
     match event:
         case TreeReady():
             work.tree_ready(event)
+        case TreeRejected():
+            work.tree_rejected()
         case TreeUnchanged():
             work.tree_unchanged(event)
+        case TreeSeen():
+            work.tree_seen(event)
         case Imported():
             work.imported(event)
         case Attested():
@@ -568,10 +711,22 @@ def step(policy: Policy, state: State, event: Event, now: float) -> tuple[State,
             work.ready(event)
         case Beat():
             work.beat(event)
+        case Exceeded():
+            work.exceeded(event)
         case Exited():
             work.exited(event)
         case Tick():
-            work.tick(event)
+            work.tick()
+        case Slept():
+            work.slept(event)
+        case RestartRequested():
+            work.restart_requested()
+        case RollbackRequested():
+            work.rollback_requested(event)
+        case PauseRequested():
+            work.pause_requested()
+        case ResumeRequested():
+            work.state = replace(state, paused=False)
         case StopRequested():
-            work.stop_requested(event)
+            work.stop_requested()
     return work.state, work.actions

@@ -12,6 +12,7 @@ The rules:
 - Same content as what is live or on its way: outcome ``unchanged``. Content decides, whatever caused the
   hint.
 - A newer change supersedes an older one at every stage; who waited for the older one waits for the newer one.
+- During a pause an automatic look ends with the manifest: what is on disk is known, and waits.
 - Nothing here touches the live child.
 
 The main loop calls in; nothing here blocks longer than reading what changed.
@@ -31,8 +32,8 @@ from supervisor import bytecode, manifest
 from supervisor.blobs import BlobStore
 from supervisor.bytecode import BytecodeReport, CompileJob
 from supervisor.errors import SourceError
+from supervisor.events import AUTOMATIC_TRIGGERS, Outcome, Reason
 from supervisor.git import Repository
-from supervisor.lifecycle import Outcome, Reason
 from supervisor.manifest import Manifest, Snapshot, Tree
 from supervisor.watch import Hint
 
@@ -44,7 +45,6 @@ _QUIET_MANY_SECONDS = 0.15
 _LOCK_LOOK_SECONDS = 0.05
 _TRY_AGAIN_SECONDS = 5.0
 _SHOWN_PATHS = 20
-_AUTOMATIC = frozenset({"watch", "scan"})
 
 
 @dataclass
@@ -58,6 +58,11 @@ class Reload:
         previous_tree: digest of what ran before, None at the first start.
         tree: digest of what was to run, once it is known.
         stages: seconds spent in each stage.
+        uid: of the operator who asked for it, None if nobody did.
+        renew: a new process is wanted although the sources may be the same.
+        rollback: an operator asked for an earlier tree.
+        commit: that ``tree`` stood at when it was started, where git knows it.
+        previous_commit: the same of ``previous_tree``.
         on_finish: called with the record when there is an outcome.
     """
 
@@ -72,6 +77,11 @@ class Reload:
     detail: str | None = None
     generation: int | None = None
     total_seconds: float = 0.0
+    uid: int | None = None
+    renew: bool = False
+    rollback: bool = False
+    commit: str | None = None
+    previous_commit: str | None = None
     on_finish: list[Callable[[Reload], None]] = field(default_factory=list)
     identity: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     _marked_at: float | None = None
@@ -104,6 +114,7 @@ class Reload:
             "generation": self.generation,
             "stages": {stage: round(seconds, 6) for stage, seconds in self.stages.items()},
             "total_seconds": round(self.total_seconds, 6),
+            "uid": self.uid,
         }
 
 
@@ -117,6 +128,7 @@ class _Pending:
         unfinished: those that somebody may still be writing.
         whole: look at every byte of the tree and at every cache directory.
         not_before: monotonic time before which a running git, or a machine without memory, holds us.
+        waits: it was looked at and is held by a pause.
     """
 
     reload: Reload
@@ -125,6 +137,7 @@ class _Pending:
     unfinished: set[str] = field(default_factory=set)
     whole: bool = False
     not_before: float = 0.0
+    waits: bool = False
 
     def due_at(self, quiet_seconds: float | None) -> float:
         return max(self.not_before, self._calm_at(quiet_seconds))
@@ -164,6 +177,7 @@ class Pipeline:
         quiet_seconds: fixed quiet period, None for the adaptive one.
         environment: returns the children's environment, for ``PYTHONPYCACHEPREFIX``.
         finished: called with each reload that ended here: unchanged, superseded or rejected.
+        quarantined: returns why a tree may not be started without an operator, None if it may.
         clock: monotonic seconds, for what takes time while a step is taken.
     """
 
@@ -177,15 +191,17 @@ class Pipeline:
         quiet_seconds: float | None,
         environment: Mapping[str, str],
         finished: Callable[[Reload], None],
+        quarantined: Callable[[str], tuple[Reason | None, str] | None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._tree = tree
         self._blobs = blobs
         self._scratch = scratch
         self._repository = repository
-        self._quiet_seconds = quiet_seconds
+        self.quiet_seconds = quiet_seconds
         self._environment = environment
         self._finished = finished
+        self._quarantined = quarantined
         self._clock = clock
         self._snapshot: Snapshot | None = None
         self._pending: _Pending | None = None
@@ -198,6 +214,8 @@ class Pipeline:
         self.scanned_at: float | None = None
         self.problem: str | None = None
         """Why what is on disk may not run, or None."""
+        self.paused = False
+        """The operator wants no reload but his own."""
 
     @property
     def disk(self) -> Manifest | None:
@@ -207,7 +225,7 @@ class Pipeline:
     @property
     def busy(self) -> bool:
         """Whether a change is being looked at."""
-        return self._pending is not None or self._build is not None
+        return (self._pending is not None and not self._pending.waits) or self._build is not None
 
     @property
     def job(self) -> CompileJob | None:
@@ -225,12 +243,29 @@ class Pipeline:
             pending.dirty.add(hint.path)
             (pending.unfinished.discard if hint.finished else pending.unfinished.add)(hint.path)
 
-    def ask(self, trigger: str, now: float, on_finish: Callable[[Reload], None] | None = None) -> None:
-        """Ask for a reload now; every byte of the tree is read again."""
+    def ask(
+        self,
+        trigger: str,
+        now: float,
+        on_finish: Callable[[Reload], None] | None = None,
+        *,
+        uid: int | None = None,
+        renew: bool = False,
+    ) -> None:
+        """Ask for a reload now; every byte of the tree is read again.
+
+        Args:
+            trigger: what asks for it.
+            now: monotonic time.
+            on_finish: called with its record when there is an outcome.
+            uid: of the operator who asks.
+            renew: a new process is wanted although the sources may be the same.
+        """
         pending = self._begin(trigger, now)
         pending.whole = True
-        if trigger not in _AUTOMATIC:
-            pending.reload.trigger = trigger
+        reload = pending.reload
+        reload.trigger, reload.renew = trigger, reload.renew or renew
+        reload.uid = uid if uid is not None else reload.uid
         if on_finish is not None:
             pending.reload.on_finish.append(on_finish)
 
@@ -266,13 +301,15 @@ class Pipeline:
         if self._pending is None:
             self._pending = _Pending(Reload(trigger, now), now)
         self._pending.last_at = now
+        self._pending.waits = False
         return self._pending
 
     # --- settle -> manifest -> bytecode -------------------------------------------------------------------
 
     def deadline(self) -> float | None:
         """Return when :meth:`advance` has something to do at the earliest."""
-        times = [self._pending.due_at(self._quiet_seconds)] if self._pending else []
+        waiting = self._pending is not None and not self._pending.waits
+        times = [self._pending.due_at(self.quiet_seconds)] if self._pending and waiting else []
         if self._build is not None:
             times.append(self._build.job.deadline)
         return min(times, default=None)
@@ -294,7 +331,7 @@ class Pipeline:
                 BytecodeReport(f"the compile helper was not done after {bytecode.DEADLINE_SECONDS:g} s"), now
             )
         pending = self._pending
-        if pending is None or pending.due_at(self._quiet_seconds) > now:
+        if pending is None or pending.waits or pending.due_at(self.quiet_seconds) > now:
             return False
         if self._repository is not None and self._repository.is_changing():
             pending.not_before = now + _LOCK_LOOK_SECONDS
@@ -302,7 +339,18 @@ class Pipeline:
         self._pending = None
         pending.reload.mark("settle", now)
         found = self._look(pending, now)
-        return found is not None and self._decide(pending, found, now, live=live, candidate=candidate)
+        if found is None:
+            return False
+        held = self.paused and pending.reload.trigger in AUTOMATIC_TRIGGERS
+        if held and (live is None or live.digest != found.digest):
+            pending.waits, self._pending = True, pending
+            return False
+        return self._decide(pending, found, now, live=live, candidate=candidate)
+
+    def resume(self, now: float) -> None:
+        """End a pause: what has changed meanwhile becomes a reload."""
+        self.paused, self._judged = False, None
+        self._begin("scan", now)
 
     def _look(self, pending: _Pending, now: float) -> Manifest | None:
         """Stage *manifest*: find out what is on disk; None if it cannot be read."""
@@ -339,13 +387,13 @@ class Pipeline:
         reload.previous_tree = live.digest if live else None
         reload.paths = live.changes(found) if live else ()
         under_way = self._build.reload if self._build is not None else candidate
-        if under_way is not None and under_way.tree == found.digest:
+        if under_way is not None and under_way.tree == found.digest and not reload.renew:
             under_way.on_finish += reload.on_finish  # Who asked for this one hears how that one ends.
             reload.on_finish = []
             self._end(reload, "unchanged")
             return False
         self._supersede_build(reload)
-        if live is not None and found.digest == live.digest:
+        if live is not None and found.digest == live.digest and not reload.renew:
             self._judged, self.problem = live.digest, None
             if (
                 pending.whole
@@ -354,11 +402,23 @@ class Pipeline:
             else:
                 self._end(reload, "unchanged")
             return True
-        if reload.trigger in _AUTOMATIC and found.digest == self._judged:
-            self._end(reload, "unchanged")
+        if reload.trigger in AUTOMATIC_TRIGGERS and not self._may_try(reload, found.digest):
             return False
         self._start_build(reload, found, now, sweep=pending.whole)
         return False
+
+    def _may_try(self, reload: Reload, tree: str) -> bool:
+        """Whether nothing is known against a tree that no operator asked for; else end its reload."""
+        if tree == self._judged:
+            self._end(reload, "unchanged")
+            return False
+        fault = self._quarantined(tree)
+        if fault is not None:
+            reason, detail = fault
+            self.problem, self._judged = f"quarantined: {detail}", tree
+            self._end(reload, "rejected", reason or "crash", self.problem)
+            return False
+        return True
 
     def _start_build(self, reload: Reload, found: Manifest, now: float, *, sweep: bool) -> None:
         """Stage *bytecode*: purge and compile in a process of its own."""
@@ -389,14 +449,28 @@ class Pipeline:
             self.problem = report.error
             self._end(build.reload, "rejected", "syntax", report.error)
             return None
-        if build.reload.tree == build.reload.previous_tree:
+        if build.reload.tree == build.reload.previous_tree and not build.reload.renew:
             self._end(build.reload, "unchanged")
             return None
         self._compiled, self.problem = build.manifest, None
-        for path, digest in build.manifest.sources.items():
-            if (prints := report.prints.get(build.manifest.absolute(path))) is not None:
-                self.prints[digest] = prints
+        self.take_prints(build.manifest, report)
         return Built(build.reload, build.manifest)
+
+    def take_prints(self, found: Manifest, report: BytecodeReport) -> None:
+        """Keep the prints of a manifest's code."""
+        for path, digest in found.sources.items():
+            if (prints := report.prints.get(found.absolute(path))) is not None:
+                self.prints[digest] = prints
+
+    def knows_prints_of(self, found: Manifest) -> bool:
+        """Whether the code of every source of a manifest can be compared."""
+        return all(digest in self.prints for digest in found.sources.values())
+
+    def judge(self, found: Manifest, now: float) -> CompileJob:
+        """Have the prints of a manifest's code taken from its blobs; nothing on disk is looked at."""
+        return bytecode.judge(
+            found, blobs=self._blobs.blobs, scratch=self._scratch, environment=self._environment, now=now
+        )
 
     def _supersede_build(self, newer: Reload) -> None:
         build = self._build

@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from supervisor.bytecode import BytecodeReport, shorten
+from supervisor.events import Promoted, Restarting
 from supervisor.fleet import Running
-from supervisor.lifecycle import Restarting, State
+from supervisor.lifecycle import State
 from supervisor.metrics import ProcessSampler, SupervisorMetrics
 from supervisor.notify import Notifier
 from supervisor.pipeline import Reload
@@ -38,6 +39,7 @@ class Reporting:
         self._sampler = ProcessSampler(metrics)
         self._last_reload: Reload | None = None
         self._unwritable: Sequence[str] = ()
+        self._setting_problem: str | None = None
         self._in_sync_since: float | None = None
         self._down_since: float | None = None
         self._code_info: tuple[str | None, str | None] | None = None
@@ -49,7 +51,7 @@ class Reporting:
         self._metrics.reload_seconds.observe(reload.total_seconds)
         for stage, seconds in reload.stages.items():
             self._metrics.stage_seconds.labels(stage).observe(seconds)
-        if reload.outcome == "rolled_back":
+        if reload.outcome == "rolled_back" or (reload.rollback and reload.outcome == "live"):
             self._metrics.rollbacks.inc()
         level = logging.WARNING if reload.outcome in {"rejected", "rolled_back"} else logging.INFO
         log.log(level, "%s", sentence(reload))
@@ -81,6 +83,20 @@ class Reporting:
             action.wait_seconds,
         )
 
+    def promoted(self, action: Promoted) -> None:
+        """Tell of a tree that has served its probation."""
+        log.info(
+            "generation %d has served its probation: tree %s is known good",
+            action.number,
+            action.tree[:_SHORT_DIGEST],
+        )
+
+    def setting_problem(self, problem: str | None) -> None:
+        """Tell once of settings that cannot be taken over; what was read before goes on to count."""
+        if problem is not None and problem != self._setting_problem:
+            log.error("%s; the earlier one goes on to count", problem)
+        self._setting_problem = problem
+
     def serving(self, now: float, *, serving: bool, ever: bool) -> None:
         """Count the time without a child at work.
 
@@ -93,9 +109,9 @@ class Reporting:
             self._metrics.downtime.inc(now - self._down_since)
         self._down_since = None if serving or not ever else now
 
-    def sample(self, live: Running | None) -> None:
-        """Measure the live child."""
-        self._sampler.sample(live.child.pid if live else None)
+    def sample(self, live: Running | None) -> int | None:
+        """Measure the live child and return its resident memory in bytes; None if that cannot be had."""
+        return self._sampler.sample(live.child.pid if live else None)
 
     def publish(
         self,
@@ -108,6 +124,9 @@ class Reporting:
         watch: Mapping[str, Any],
         git: Mapping[str, Any] | None,
         busy: bool,
+        quarantine: Sequence[Mapping[str, Any]],
+        converge_seconds: float,
+        disk_problems: Sequence[str],
     ) -> dict[str, Any]:
         """Bring metrics and the service manager's status line up to date and return the status document."""
         if reason is not None:
@@ -135,6 +154,9 @@ class Reporting:
             git=git,
             busy=busy,
             unwritable=self._unwritable,
+            quarantine=quarantine,
+            converge_seconds=converge_seconds,
+            problems=(*disk_problems, *([self._setting_problem] if self._setting_problem else ())),
         )
 
     def _set_gauges(

@@ -6,7 +6,8 @@ the next one is looked at. Other threads (the watcher's, HTTP's) only hand somet
 published.
 
 Signals: SIGHUP reloads, SIGTERM and SIGINT stop. Handlers do nothing; the wake-up descriptor brings the
-number to the loop.
+number to the loop. Nothing in the loop waits for a disk that is written, a terminal or a child: two threads do,
+:mod:`supervisor.scribe` and :mod:`supervisor.output`.
 
 Rejected: asyncio (its subprocess watcher is a second reaper, and every await is a place where the state may
 have changed).
@@ -15,6 +16,7 @@ have changed).
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 import os
 import random
@@ -22,26 +24,32 @@ import selectors
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from supervisor import git, launch, lifecycle, lock
+from supervisor import environment, events, git, launch, lifecycle, lock, orphans, remembered
 from supervisor.blobs import BlobStore
 from supervisor.bytecode import CompileJob
+from supervisor.chronicle import Chronicle
+from supervisor.commands import Commands
 from supervisor.control import Client, ControlServer
 from supervisor.errors import BlobError, UsageError
+from supervisor.events import Action, Reason
 from supervisor.fleet import Fleet, Running
-from supervisor.lifecycle import Action, Stage
+from supervisor.history import History
+from supervisor.lifecycle import Stage
 from supervisor.manifest import Manifest
 from supervisor.metrics import ChildMetrics, SupervisorMetrics, registry
 from supervisor.notify import Notifier, NotifySocket
-from supervisor.pipeline import Pipeline, Reload
+from supervisor.output import Output
+from supervisor.pipeline import MAX_SETTLE_SECONDS, Pipeline, Reload
+from supervisor.remembered import RecordedProcess, Remembered
 from supervisor.reporting import Reporting
-from supervisor.settings import Settings
-from supervisor.status import ANSWER_SECONDS, in_sync_problem, verify_document
+from supervisor.scribe import Scribe
+from supervisor.settings import Settings, changeable
+from supervisor.status import in_sync_problem
 from supervisor.watch import Watcher
 from supervisor.web import WebServer
 
@@ -50,16 +58,9 @@ log = logging.getLogger("wa-supervisor")
 _HOUSEKEEPING_SECONDS = 0.5
 _LOOP_HANGS_SECONDS = 5.0
 _SUSPECT_INTERVAL_SECONDS = 5.0
+_OVERSLEPT_SECONDS = 1.0
+_CLOSE_SECONDS = 2.0
 _SIGNALS = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
-
-
-@dataclass(frozen=True)
-class _Verification:
-    """A command that waits for an attestation of one generation."""
-
-    client: Client
-    number: int
-    began_at: float
 
 
 class Service:
@@ -67,15 +68,26 @@ class Service:
 
     Args:
         settings: what to run and how.
+        output: takes what children write, and our own log.
+        reread: returns the settings as they are now; raises UsageError.
         inherited: the environment to pass on to children.
 
     Raises:
         SupervisorError: it cannot start; nothing was started.
     """
 
-    def __init__(self, settings: Settings, inherited: Mapping[str, str] = os.environ) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        output: Output,
+        reread: Callable[[], Settings],
+        inherited: Mapping[str, str] = os.environ,
+    ) -> None:
         self._settings = settings
+        self._reread = reread
+        self._output = output
         self._inherited = dict(inherited)
+        self._environment = environment.read(self._inherited, settings.env_file)
         self._selector = selectors.DefaultSelector()
         self._wake_reader, self._wake_writer = socket.socketpair()
         for end in (self._wake_reader, self._wake_writer):
@@ -93,6 +105,8 @@ class Service:
         self._child_metrics = ChildMetrics()
         metrics_registry.register(self._child_metrics)
         self._reporting = Reporting(SupervisorMetrics(metrics_registry), self._notifier)
+        self._scribe = Scribe()
+        self._history = History(settings.state_dir / "history.db", self._scribe)
         self._pipeline = Pipeline(
             tree=settings.tree,
             blobs=self._blobs,
@@ -101,29 +115,45 @@ class Service:
             quiet_seconds=settings.quiet_seconds,
             environment=self._inherited,
             finished=self._reload_finished,
+            quarantined=self._quarantined,
         )
         self._fleet = Fleet(
             target=settings.target,
             blobs=self._blobs.blobs,
             selector=self._selector,
-            environment=self._environment,
+            notify_socket=self._notify_socket.path,
+            output=output,
+            helpers=self._helpers,
+            environment=self._environment_of,
             disk=lambda: self._pipeline.disk,
             prints=lambda: self._pipeline.prints,
-            happened=self._happened,
+            happened=self.happened,
             metrics=self._child_metrics.update,
             suspected=self._suspected,
         )
+        self._chronicle = Chronicle(
+            settings.state_dir / "state.json", self._history, self._scribe, self._fleet
+        )
+        self._commands = Commands(
+            self,
+            fleet=self._fleet,
+            pipeline=self._pipeline,
+            blobs=self._blobs,
+            repository=self._repository,
+            history=self._history,
+            output_log=output.log_file,
+        )
         self._policy = _policy(settings)
-        self._state = lifecycle.State()
-        self._events: collections.deque[lifecycle.Event] = collections.deque()
-        self._held: lifecycle.Attested | None = None
         self._manifests: dict[str, Manifest] = {}
+        self._state = self._recall()
+        self._events: collections.deque[tuple[events.Event, Reload | None]] = collections.deque()
+        self._held: events.Attested | None = None
         self._reloads: dict[int, Reload] = {}
         self._launching: Reload | None = None
+        self._lived = Reload("start", 0.0)
+        self._judging: dict[int, CompileJob] = {}
         self._job: CompileJob | None = None
         self._timers: list[tuple[float, Callable[[], None]]] = []
-        self._verifications: list[_Verification] = []
-        self._stop_clients: list[Client] = []
         self._last_live = 0
         self._live_is_new = False
         self._changed = True
@@ -134,10 +164,40 @@ class Service:
         self._status: dict[str, Any] = {}
         self._web = WebServer(settings.listen, metrics_registry, self._published)
 
+    def _recall(self) -> lifecycle.State:
+        """Take over what an earlier supervisor of this state directory knew and left behind."""
+        state, known, problem = self._chronicle.recall()
+        if problem is not None:
+            log.error("%s", problem)
+        self._sweep_earlier(known)
+        for tree in state.known_good:
+            try:
+                kept = self._blobs.get_manifest(tree)
+            except BlobError as error:
+                log.error("a known good tree cannot be started again: %s", error)
+                continue
+            if kept.roots == self._settings.tree.roots:  # Else it is what ran here before --watch changed.
+                self._manifests[tree] = kept
+        usable = tuple(tree for tree in state.known_good if tree in self._manifests)
+        return lifecycle.State(
+            known_good=usable, quarantine=state.quarantine, next_number=state.next_number
+        )
+
+    def _sweep_earlier(self, known: Remembered) -> None:
+        recorded = [
+            orphans.Identity(process.pid, process.start_ticks, process.boot_id) for process in known.processes
+        ]
+        swept = orphans.sweep_earlier(self._notify_socket.path, recorded)
+        if swept.killed:
+            log.warning("killed what an earlier supervisor left behind: %s", ", ".join(swept.killed))
+        if swept.left:
+            log.error("an earlier supervisor left what cannot be killed: %s", ", ".join(swept.left))
+
     # --- the loop -----------------------------------------------------------------------------------------
 
     def run(self) -> int:
         """Serve until the operator stops it; return the exit status."""
+        orphans.become_subreaper()
         previous = {number: signal.signal(number, _ignore_here) for number in _SIGNALS}
         wakeup = signal.set_wakeup_fd(self._wake_writer.fileno(), warn_on_full_buffer=False)
         try:
@@ -160,20 +220,27 @@ class Service:
 
     def _turn(self) -> None:
         """Wait for something, let all concerned look at it, and decide until nothing is left to decide."""
-        for key, _ in self._selector.select(self._timeout()):
+        timeout = self._timeout()
+        due = time.monotonic() + timeout
+        for key, _ in self._selector.select(timeout):
             self._changed = True
             key.data()
         now = self._turned_at = time.monotonic()
+        if now - due > _OVERSLEPT_SECONDS:
+            log.warning("the supervisor stood still for %.1f s; nobody's silence counts", now - due)
+            self._events.appendleft((events.Slept(now - due), None))
         self._pipeline.hint(self._watcher.take(), now)
-        self._fleet.reap()
+        self._fleet.reap(now)
         self._run_timers(now)
         self._collect_job(now)
+        self._collect_judgements(now)
         if self._pipeline.advance(now, live=self._live_manifest, candidate=self._candidate_reload):
-            self._happened(lifecycle.TreeUnchanged(self._state.live.tree if self._state.live else ""))
+            self.happened(events.TreeUnchanged(self._state.live.tree if self._state.live else ""))
         self._follow_job()
+        self._see_tree()
         deadline = self._state.deadline()
         if deadline is not None and deadline <= now:
-            self._happened(lifecycle.Tick())
+            self.happened(events.Tick())
         self._release_held()
         self._decide()
         # Deciding took its time, and what follows counts times that must not run backwards.
@@ -184,13 +251,13 @@ class Service:
             self._publish(now)
 
     def _timeout(self) -> float:
+        if self._events:
+            return 0.0
+        now = time.monotonic()
         times = [self._housekeeping_at, self._state.deadline(), self._pipeline.deadline()]
-        times += [at for at, _ in self._timers]
-        return (
-            max(0.0, min(at for at in times if at is not None) - time.monotonic())
-            if not self._events
-            else 0.0
-        )
+        times += [self._fleet.deadline(now), *(at for at, _ in self._timers)]
+        times += [job.deadline for job in self._judging.values()]
+        return max(0.0, min(at for at in times if at is not None) - now)
 
     def _wake(self) -> None:
         """Make the loop turn (called from any thread)."""
@@ -207,10 +274,13 @@ class Service:
             return
         if signal.SIGHUP in numbers:
             log.info("SIGHUP: reload")
-            self._ask_reload("signal")
+            try:
+                self.ask_reload("signal")
+            except UsageError as error:
+                log.error("nothing was reloaded: %s", error)
         if numbers & {signal.SIGTERM, signal.SIGINT}:
             log.info("stop, by signal")
-            self._happened(lifecycle.StopRequested())
+            self.happened(events.StopRequested())
 
     def _run_timers(self, now: float) -> None:
         due = [action for at, action in self._timers if at <= now]
@@ -225,24 +295,67 @@ class Service:
         if now >= self._scan_at:
             self._scan_at = now + self._settings.scan_interval_seconds
             self._pipeline.scan(now)
+            self._read_environment_again()
             self._directories = self._watcher.directories_total
             if self._state.live is not None and self._state.candidate is None and self._state.retry is None:
                 self._pipeline.reconsider(now, self._state.live.tree)
-        if self._live is not None and now >= self._verify_at:
+        live = self.live
+        if live is not None and now >= self._verify_at:
             self._verify_at = now + self._settings.verify_interval_seconds
-            self._fleet.attest(self._live.number)
+            self._fleet.attest(live.number)
         if self._repository is not None:
             self._git_facts = {"commit": self._repository.commit(), "dirty": None}
-        self._reporting.sample(self._live)
+        self._fleet.look()
+        self._hold_to_limits(live, self._reporting.sample(live))
         self._count_downtime(now)
         self._notifier.alive()
 
-    # --- pipeline -----------------------------------------------------------------------------------------
+    def _hold_to_limits(self, live: Running | None, memory_bytes: int | None) -> None:
+        if live is None:
+            return
+        if self._settings.type == "simple" and not live.child.stopped:
+            self.happened(events.Beat(live.number))  # It has no way to say so itself.
+        limit = self._settings.max_memory_bytes
+        if limit is not None and memory_bytes is not None and memory_bytes > limit:
+            used = f"it uses {memory_bytes} bytes of memory, --max-memory is {limit}"
+            self.happened(events.Exceeded(live.number, "memory", used))
 
-    def _ask_reload(self, trigger: str, on_finish: Callable[[Reload], None] | None = None) -> None:
+    # --- settings -----------------------------------------------------------------------------------------
+
+    def ask_reload(
+        self, trigger: str, uid: int | None = None, on_finish: Callable[[Reload], None] | None = None
+    ) -> None:
+        """Read settings, environment and the whole tree again, and reload."""
+        settings = changeable(self._settings, self._reread())
+        found = environment.read(self._inherited, settings.env_file)
+        renew = settings != self._settings or found.digest != self._environment.digest
+        self._settings, self._environment = settings, found
+        self._policy = _policy(settings)
+        self._pipeline.quiet_seconds = settings.quiet_seconds
+        if renew:
+            log.info("settings or environment have changed: a new generation takes them over")
         if self._state.live is not None:
             self._notifier.reloading()
-        self._pipeline.ask(trigger, time.monotonic(), on_finish)
+        self._pipeline.ask(
+            "config" if renew else trigger, time.monotonic(), on_finish, uid=uid, renew=renew
+        )
+
+    def _read_environment_again(self) -> None:
+        """Notice that the environment file was edited; a broken one changes nothing."""
+        if self._settings.env_file is None:
+            return
+        try:
+            found = environment.read(self._inherited, self._settings.env_file)
+        except UsageError as error:
+            self._reporting.setting_problem(str(error))
+            return
+        self._reporting.setting_problem(None)
+        if found.digest != self._environment.digest and not self._state.paused:
+            log.info("the environment has changed: a new generation takes it over")
+            self._environment = found
+            self._pipeline.ask("config", time.monotonic(), renew=True)
+
+    # --- pipeline -----------------------------------------------------------------------------------------
 
     def _collect_job(self, now: float) -> None:
         """Take the report of the compile helper once it has ended."""
@@ -254,8 +367,8 @@ class Service:
         self._follow_job()
         if built is not None:
             self._manifests[built.manifest.digest] = built.manifest
-            self._launching = built.reload
-            self._happened(lifecycle.TreeReady(built.manifest.digest, built.reload.trigger))
+            reload = built.reload
+            self.happened(events.TreeReady(built.manifest.digest, reload.trigger, reload.renew), reload)
 
     def _follow_job(self) -> None:
         """Wait on the compile helper there is, before its predecessor's descriptor is used again."""
@@ -268,21 +381,38 @@ class Service:
             self._selector.register(job, selectors.EVENT_READ, lambda: None)
         self._job = job
 
+    def _helpers(self) -> Collection[int]:
+        jobs = [*self._judging.values(), *([self._pipeline.job] if self._pipeline.job else [])]
+        return [job.pid for job in jobs if job.pid is not None]
+
+    def _see_tree(self) -> None:
+        """Lift the quarantine of what is no longer on disk."""
+        disk = self._pipeline.disk
+        if disk is not None and self._state.quarantine.keys() - {disk.digest}:
+            self.happened(events.TreeSeen(disk.digest))
+
+    def _quarantined(self, tree: str) -> tuple[Reason | None, str] | None:
+        fault = self._state.quarantine.get(tree)
+        return (fault.reason, fault.detail) if fault is not None else None
+
     def _reload_finished(self, reload: Reload) -> None:
         """Tell everybody of a reload that has its outcome, those who asked for it last."""
         self._reporting.reload(reload)
+        self._chronicle.reload(reload)
         if self._state.live is not None:
             self._notifier.ready()
+        if reload.outcome == "rejected" and reload.generation is None:
+            self.happened(events.TreeRejected())
         self._publish(time.monotonic())
         for call in reload.on_finish:
             call(reload)
 
     # --- lifecycle ----------------------------------------------------------------------------------------
 
-    def _happened(self, event: lifecycle.Event) -> None:
+    def happened(self, event: events.Event, reload: Reload | None = None) -> None:
         """Take an event; it is decided upon in order, after what is being decided now."""
-        if isinstance(event, lifecycle.Attested):
-            self._answer_verifications(event.number)
+        if isinstance(event, events.Attested):
+            self._commands.attested(event.number)
             candidate = self._state.candidate
             at_gate = (
                 candidate is not None
@@ -294,32 +424,44 @@ class Service:
                 self._pipeline.scan(time.monotonic())
                 self._held = event
                 return
-        self._events.append(event)
+        self._events.append((event, reload))
 
     def _release_held(self) -> None:
         if self._held is not None and not self._pipeline.busy:
-            self._events.append(self._held)
+            self._events.append((self._held, None))
             self._held = None
 
     def _decide(self) -> None:
         while self._events:
-            event = self._events.popleft()
+            event, self._launching = self._events.popleft()
             now = time.monotonic()
             self._time_stage(event, now)
             self._state, actions = lifecycle.step(self._policy, self._state, event, now)
             for action in actions:
                 self._act(action, now)
-            if isinstance(event, lifecycle.Exited):
+            if isinstance(event, events.Exited):
                 self._child_metrics.end(event.number)
+                self._chronicle.ended(event.number)
+                if event.error and "PinnedSourceError" in event.error:
+                    self._pipeline.heal(now)
             self._count_downtime(now)
             self._follow_live(now)
-            if isinstance(event, lifecycle.TreeReady) and self._launching is not None:
-                self._not_launched(now)
-            if isinstance(event, lifecycle.Exited) and event.error and "PinnedSourceError" in event.error:
-                self._pipeline.heal(now)
+            self._not_launched(now)
+        self._remember()
         if self._live_is_new:
             self._live_is_new = False
             self._collect_garbage()
+
+    def _remember(self) -> None:
+        self._chronicle.remember(
+            self._state,
+            [
+                RecordedProcess(
+                    generation=number, pid=found.pid, start_ticks=found.start_ticks, boot_id=found.boot_id
+                )
+                for number, found in self._fleet.identities.items()
+            ],
+        )
 
     def _not_launched(self, now: float) -> None:
         """End a reload that needs no new process: one of its tree is on its way, or we are stopping."""
@@ -327,66 +469,122 @@ class Service:
         if reload is None:
             return
         candidate = self._candidate_reload
-        if candidate is not None and candidate.tree == reload.tree:
+        if candidate is not None and reload.tree in {None, candidate.tree}:
             candidate.on_finish += reload.on_finish  # Who asked for this one hears how that one ends.
             reload.on_finish = []
         reload.finish("superseded" if self._state.stopping else "unchanged", now)
         self._reload_finished(reload)
 
-    def _time_stage(self, event: lifecycle.Event, now: float) -> None:
+    def _time_stage(self, event: events.Event, now: float) -> None:
         """Mark the end of the stage of a reload that an event of the candidate ends."""
         match event:
-            case lifecycle.Imported(number):
+            case events.Imported(number):
                 stage = "launch"
-            case lifecycle.Attested(number):
+            case events.Attested(number):
                 stage = "verify"
-            case lifecycle.Ready(number):
+            case events.Ready(number):
                 stage = "handover"
             case _:
                 return
         if self._state.candidate is not None and self._state.candidate.number == number:
             self._reloads[number].mark(stage, now)
 
-    def _act(self, action: Action, now: float) -> None:
+    def _act(self, action: Action, now: float) -> None:  # noqa: C901 -- a table
         match action:
-            case lifecycle.Launch(generation):
-                self._launch(generation, now)
-            case lifecycle.Attest(number, delay_seconds) if delay_seconds:
-                self._timers.append((now + delay_seconds, lambda: self._fleet.attest(number)))
-            case lifecycle.Attest(number):
+            case events.Launch():
+                self._launch(action, now)
+            case events.Attest(number, delay_seconds) if delay_seconds:
+                self.later(delay_seconds, lambda: self._fleet.attest(number))
+            case events.Attest(number):
                 self._fleet.attest(number)
-            case lifecycle.Go(number):
+            case events.Go(number):
                 self._fleet.go(number)
-            case lifecycle.Terminate(number):
+            case events.Dump(number):
+                self._fleet.dump(number)
+                self._never_started(number)
+            case events.Terminate(number):
                 self._fleet.terminate(number)
-            case lifecycle.Kill(number):
+            case events.Kill(number):
                 self._fleet.kill(number)
-            case lifecycle.Report():
+                self._never_started(number)
+            case events.Report():
                 self._report(action, now)
-            case lifecycle.Restarting():
+            case events.Restarting():
+                running = self._fleet.get(action.number)
                 self._reporting.restarting(action)
+                self._chronicle.restart(action, running.manifest.digest if running else None)
+            case events.Promoted():
+                self._reporting.promoted(action)
+                self._chronicle.promoted(action)
 
-    def _launch(self, generation: lifecycle.Generation, now: float) -> None:
-        reload = self._launching
-        if reload is not None and reload.tree == generation.tree:
-            self._launching = None
+    def _launch(self, action: events.Launch, now: float) -> None:
+        reload, self._launching = self._launching, None
+        if reload is None or reload.tree not in {None, action.tree}:
+            self._launching = reload
+            reload = Reload(action.trigger, now)
+        before = self._live_manifest
+        reload.tree, reload.generation = action.tree, action.number
+        reload.previous_tree = before.digest if before else self._state.served
+        reload.previous_commit = self.live.commit if self.live else None
+        manifest = self._manifests[action.tree]
+        disk = self._pipeline.disk
+        # Whatever is launched from the blobs of an earlier tree has no commit that git could tell us.
+        on_disk = disk is not None and disk.digest == action.tree
+        reload.commit = self._repository.commit() if self._repository and on_disk else None
+        self._reloads[action.number] = reload
+        if self._pipeline.knows_prints_of(manifest):
+            self._start(action.number, manifest)
         else:
-            reload = Reload(generation.trigger, now, tree=generation.tree)
-            reload.previous_tree = self._state.live.tree if self._state.live else self._state.good
-        reload.generation = generation.number
-        self._reloads[generation.number] = reload
-        manifest = self._manifests[generation.tree]
+            self._judging[action.number] = job = self._pipeline.judge(manifest, now)
+            self._selector.register(job, selectors.EVENT_READ, lambda: None)
+
+    def _start(self, number: int, manifest: Manifest) -> None:
         try:
-            commit = self._repository.commit() if self._repository else None
-            self._fleet.launch(generation.number, manifest, self._blobs.put_manifest(manifest), commit)
+            self._fleet.launch(
+                number, manifest, self._blobs.put_manifest(manifest), self._reloads[number].commit
+            )
         except OSError as error:
             # Out of processes or memory: to the lifecycle it is a child that ended, with its backoff.
-            self._events.append(
-                lifecycle.Exited(generation.number, "no process", f"cannot start a process: {error}")
-            )
+            self.happened(events.Exited(number, "no process", f"cannot start a process: {error}"))
 
-    def _report(self, report: lifecycle.Report, now: float) -> None:
-        reload = self._reloads.pop(report.number)
+    def _collect_judgements(self, now: float) -> None:
+        """Start what was waiting for the prints of its code: a tree from before this supervisor's time."""
+        for number, job in list(self._judging.items()):
+            if job.deadline <= now:
+                job.cancel()
+                report = None
+            else:
+                report = job.read()
+                if report is None:
+                    continue
+            del self._judging[number]
+            self._selector.unregister(job)
+            candidate = self._state.candidate
+            if candidate is None or candidate.number != number:
+                continue
+            if report is not None and report.error is None:
+                manifest = self._manifests[candidate.tree]
+                self._pipeline.take_prints(manifest, report)
+                self._start(number, manifest)
+            else:
+                why = report.error if report is not None else "compiling it took too long"
+                self.happened(events.Exited(number, "no process", why))
+
+    def _never_started(self, number: int) -> None:
+        """End a generation that still waited for the prints of its code."""
+        job = self._judging.pop(number, None)
+        if job is not None:
+            self._selector.unregister(job)
+            job.cancel()
+            self.happened(events.Exited(number, "no process"))
+
+    def _report(self, report: events.Report, now: float) -> None:
+        reload = self._reloads.pop(report.number, None)
+        if reload is None:  # It went live, and has failed on probation.
+            lived = self._lived
+            reload = Reload(report.trigger or "crash", now, generation=report.number)
+            reload.tree, reload.commit, reload.paths = lived.tree, lived.commit, lived.paths
+            reload.previous_tree, reload.previous_commit = lived.previous_tree, lived.previous_commit
         if report.outcome == "superseded" and self._launching is not None:
             self._launching.on_finish += reload.on_finish  # Who waited for this one waits for the newer one.
             reload.on_finish = []
@@ -394,6 +592,7 @@ class Service:
             self._pipeline.rejected(reload.tree, f"{report.reason}: {report.detail}")
         if report.outcome == "live":
             reload.mark("handover", now)
+            self._lived = reload
         reload.finish(report.outcome, now, report.reason, report.detail)
         self._reload_finished(reload)
 
@@ -412,8 +611,7 @@ class Service:
         """Forget manifests and blobs that nothing needs any more."""
         if self._pipeline.busy:
             return
-        trees = {self._state.good, self._state.retry.tree if self._state.retry else None}
-        kept = [manifest for digest, manifest in self._manifests.items() if digest in trees]
+        kept = [manifest for tree, manifest in self._manifests.items() if tree in self._state.trees]
         self._manifests = {manifest.digest: manifest for manifest in (*kept, *self._fleet.manifests)}
         needed = [*self._manifests.values(), *([self._pipeline.disk] if self._pipeline.disk else [])]
         self._blobs.collect(needed)
@@ -422,7 +620,13 @@ class Service:
     # --- the generations as others see them ---------------------------------------------------------------
 
     @property
-    def _live(self) -> Running | None:
+    def state(self) -> lifecycle.State:
+        """What has been decided."""
+        return self._state
+
+    @property
+    def live(self) -> Running | None:
+        """The process of the generation that serves."""
         return self._fleet.get(self._state.live.number if self._state.live else None)
 
     @property
@@ -433,9 +637,9 @@ class Service:
     def _candidate_reload(self) -> Reload | None:
         return self._reloads[self._state.candidate.number] if self._state.candidate else None
 
-    def _environment(self, number: int, tree: str) -> Mapping[str, str]:
+    def _environment_of(self, number: int, tree: str) -> Mapping[str, str]:
         return launch.child_environment(
-            self._inherited,
+            self._environment.variables,
             notify_socket=self._notify_socket.path,
             watchdog_seconds=self._settings.watchdog_seconds,
             generation=number,
@@ -466,96 +670,30 @@ class Service:
     # --- commands -----------------------------------------------------------------------------------------
 
     def _command(self, client: Client, request: dict[str, Any]) -> None:
-        match request.get("command"):
-            case "status":
-                self._publish(time.monotonic())
-                client.answer({"ok": True, "status": self._status})
-            case "reload":
-                self._ask_reload(
-                    "cli", lambda reload: client.answer({"ok": True, "reload": reload.as_json()})
-                )
-            case "verify":
-                self._verify(client)
-            case "diff":
-                self._diff(client)
-            case "stop":
-                log.info("stop, by command")
-                self._stop_clients.append(client)
-                self._happened(lifecycle.StopRequested())
-            case other:
-                client.answer({"ok": False, "error": f"there is no command {other!r}"})
+        self._commands.handle(client, request)
 
-    def _verify(self, client: Client) -> None:
-        """Read the whole disk again and ask the live child; its attestation or the deadline answers."""
-        live, now = self._live, time.monotonic()
-        if live is None:
-            client.answer({"ok": False, "error": f"no generation is live: {self._problem()}"})
-            return
-        self._pipeline.scan(now, whole=True)
-        waiting = _Verification(client, live.number, now)
-        self._verifications.append(waiting)
-        self._timers.append((now + ANSWER_SECONDS, lambda: self._verification_expired(waiting)))
-        self._fleet.attest(live.number)
+    def later(self, seconds: float, call: Callable[[], None]) -> None:
+        """Have the loop call back after a time."""
+        self._timers.append((time.monotonic() + seconds, call))
 
-    def _diff(self, client: Client) -> None:
-        """Answer with the text of every source that differs between the live generation and the disk."""
-        live = self._live
-        if live is None:
-            client.answer({"ok": False, "error": f"no generation is live: {self._problem()}"})
-            return
-        self._pipeline.scan(time.monotonic(), whole=True)
-        disk = self._pipeline.disk
-        if disk is None:
-            client.answer({"ok": False, "error": str(self._pipeline.problem)})
-            return
-        commit = self._repository.commit() if self._repository else None
-        try:
-            files = [
-                {
-                    "path": path,
-                    "running": self._text(live.manifest.sources.get(path)),
-                    "disk": self._text(disk.sources.get(path)),
-                }
-                for path in live.manifest.changes(disk)
-            ]
-        except BlobError as error:
-            client.answer({"ok": False, "error": str(error)})
-            return
-        document = {
-            "generation": live.number, "running_commit": live.commit, "disk_commit": commit, "files": files,
-        }  # fmt: skip
-        client.answer({"ok": True, "diff": document})
+    def status(self) -> Mapping[str, Any]:
+        """Return the status document of this moment."""
+        self._publish(time.monotonic())
+        return self._status
 
-    def _text(self, digest: str | None) -> str | None:
-        return self._blobs.get(digest).decode("utf-8", "backslashreplace") if digest is not None else None
-
-    def _verification_expired(self, waiting: _Verification) -> None:
-        if waiting in self._verifications:
-            self._verifications.remove(waiting)
-            error = f"generation {waiting.number} did not answer within {ANSWER_SECONDS:g} s"
-            waiting.client.answer({"ok": False, "error": error})
-
-    def _answer_verifications(self, number: int) -> None:
-        running, disk = self._fleet.get(number), self._pipeline.disk
-        if running is None or running.verdict is None:
-            return  # No answer is not a verdict; the deadline speaks.
-        for waiting in [v for v in self._verifications if v.number == number]:
-            self._verifications.remove(waiting)
-            document = verify_document(
-                running.verdict,
-                same_tree=disk is not None and disk.digest == running.manifest.digest,
-                duration_seconds=time.monotonic() - waiting.began_at,
-            )
-            waiting.client.answer({"ok": True, "verify": document})
+    def operator(self, what: str, uid: int | None) -> None:
+        """Note for the record what an operator did."""
+        self._chronicle.operator(what, uid)
 
     # --- what is published --------------------------------------------------------------------------------
 
     def _problem(self) -> str | None:
         return in_sync_problem(
-            live=self._live,
+            live=self.live,
             disk=self._pipeline.disk,
             problem=self._pipeline.problem,
             stopping=self._state.stopping,
+            paused=self._state.paused,
             now=time.monotonic(),
         )
 
@@ -564,7 +702,7 @@ class Service:
         self._status = self._reporting.publish(
             now=now,
             state=self._state,
-            live=self._live,
+            live=self.live,
             reason=self._problem(),
             listen=self._web.address,
             watch={
@@ -576,6 +714,11 @@ class Service:
             },
             git=self._git_facts,
             busy=self._pipeline.busy,
+            quarantine=self._chronicle.quarantine_json(self._state),
+            converge_seconds=MAX_SETTLE_SECONDS
+            + self._settings.ready_timeout_seconds
+            + self._settings.stop_timeout_seconds,
+            disk_problems=self._scribe.problems,
         )
 
     def _published(self) -> Mapping[str, Any]:
@@ -587,8 +730,11 @@ class Service:
         self._watcher.close()
         self._web.close()
         self._notify_socket.close()
-        for client in self._stop_clients:
-            client.answer({"ok": True})
+        self._remember()
+        self._history.close()
+        if not self._scribe.close(_CLOSE_SECONDS):
+            log.error("the state directory does not take what is to be written; its last news are lost")
+        self._commands.close()
         self._control.close()
         self._selector.close()
         self._wake_reader.close()
@@ -603,6 +749,8 @@ def _policy(settings: Settings) -> lifecycle.Policy:
         ready_timeout_seconds=settings.ready_timeout_seconds,
         stop_timeout_seconds=settings.stop_timeout_seconds,
         watchdog_seconds=settings.watchdog_seconds,
+        probation_seconds=settings.probation_seconds,
+        max_age_seconds=settings.max_age_seconds,
         jitter=lambda: random.uniform(0.8, 1.2),  # noqa: S311 -- spreads restarts, keeps no secret
     )
 

@@ -34,7 +34,9 @@ _MAX_SECONDS = 366 * 24 * 3600.0
 
 _Seconds = Annotated[float, msgspec.Meta(gt=0, le=_MAX_SECONDS)]
 _SecondsOrOff = Annotated[float, msgspec.Meta(ge=0, le=_MAX_SECONDS)]
+_Bytes = Annotated[int, msgspec.Meta(gt=0)]
 _MAX_PORT = 65535
+_FIXED = {"tree": "watch", "runtime_dir": "runtime-dir", "state_dir": "state-dir", "listen": "listen"}
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,10 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     quiet: _SecondsOrOff | None = None
     scan_interval: _Seconds | None = None
     verify_interval: _Seconds | None = None
+    probation: _SecondsOrOff | None = None
+    max_memory: _Bytes | None = None
+    max_age: _Seconds | None = None
+    env_file: str | None = None
     runtime_dir: str | None = None
     state_dir: str | None = None
     listen: str | None = None
@@ -78,7 +84,11 @@ class Settings:
 
     Attributes:
         quiet_seconds: fixed quiet period, or None for the adaptive one.
-        watchdog_seconds: longest silence of a ``notify`` child before it counts as hung; 0 for never.
+        watchdog_seconds: longest silence of a child before it counts as hung; 0 for never.
+        probation_seconds: how long a generation must serve before its tree is known good.
+        max_memory_bytes: of resident memory, None for no limit.
+        max_age_seconds: a child is replaced after this time, None for never.
+        env_file: of variables for the children.
         listen: host and port of the HTTP endpoint; port 0 lets the kernel choose.
     """
 
@@ -92,6 +102,10 @@ class Settings:
     quiet_seconds: float | None
     scan_interval_seconds: float
     verify_interval_seconds: float
+    probation_seconds: float
+    max_memory_bytes: int | None
+    max_age_seconds: float | None
+    env_file: Path | None
     runtime_dir: Path
     state_dir: Path
     listen: tuple[str, int]
@@ -147,10 +161,28 @@ def resolve(target: Target, options: Options) -> Settings:
         quiet_seconds=options.quiet,
         scan_interval_seconds=options.scan_interval or 2.0,
         verify_interval_seconds=options.verify_interval or 30.0,
+        probation_seconds=30.0 if options.probation is None else options.probation,
+        max_memory_bytes=options.max_memory,
+        max_age_seconds=options.max_age,
+        env_file=Path(options.env_file).absolute() if options.env_file else None,
         runtime_dir=runtime_dir(options.runtime_dir),
         state_dir=_state_dir(options.state_dir),
         listen=_address(options.listen or DEFAULT_LISTEN),
     )
+
+
+def changeable(old: Settings, new: Settings) -> Settings:
+    """Return the new settings, for a supervisor that runs with the old ones.
+
+    Raises:
+        UsageError: one has changed that a running supervisor cannot take over.
+    """
+    for name, option in _FIXED.items():
+        if getattr(old, name) != getattr(new, name):
+            raise UsageError(
+                f"a change of {option} needs a new start of the supervisor; nothing was changed"
+            )
+    return new
 
 
 def parse_target(words: tuple[str, ...] | list[str]) -> Target:

@@ -21,7 +21,13 @@ ANSWER_SECONDS = 5.0
 
 
 def in_sync_problem(
-    *, live: Running | None, disk: Manifest | None, problem: str | None, stopping: bool, now: float
+    *,
+    live: Running | None,
+    disk: Manifest | None,
+    problem: str | None,
+    stopping: bool,
+    paused: bool,
+    now: float,
 ) -> str | None:
     """Return why the running code is not, or not provably, the code on disk; None if it is.
 
@@ -30,6 +36,7 @@ def in_sync_problem(
         disk: what is on disk; None if it cannot be read.
         problem: why what is on disk may not run.
         stopping: the operator asked to stop.
+        paused: the operator asked for no other code than what runs.
         now: monotonic time.
     """
     if stopping:
@@ -39,6 +46,8 @@ def in_sync_problem(
     if disk is None:
         return problem or "the tree has not been read yet"
     if live.manifest.digest != disk.digest:
+        if paused and problem is None:
+            return "paused: the tree has changed; `wa-supervisor resume` catches up"
         return problem or "the tree has changed; a reload is on its way"
     if live.verdict is None:
         return "the live generation has not been attested"
@@ -67,6 +76,9 @@ def status_document(
     git: Mapping[str, Any] | None,
     busy: bool,
     unwritable: Sequence[str],
+    quarantine: Sequence[Mapping[str, Any]],
+    converge_seconds: float,
+    problems: Sequence[str],
 ) -> dict[str, Any]:
     """Return the document of ``status --json``."""
     candidate = state.candidate
@@ -89,8 +101,12 @@ def status_document(
         "candidate": candidate
         and {"generation": candidate.number, "tree": candidate.tree, "stage": candidate.stage.value},
         "draining": [generation.number for generation in state.draining],
-        "last_known_good": state.good,
-        "quarantine": [],
+        "last_known_good": next(iter(state.known_good), None),
+        "known_good": list(state.known_good),
+        "quarantine": [dict(fault) for fault in quarantine],
+        "paused": state.paused,
+        "converge_seconds": converge_seconds,
+        "problems": list(problems),
         "last_reload": last_reload.as_json() if last_reload else None,
         "restarts": {cause: int(count) for cause, count in restarts.items()},
         "watch": dict(watch),
@@ -143,5 +159,5 @@ def _state_word(state: State, *, busy: bool) -> str:
     if state.stopping:
         return "stopping"
     if state.live is None:
-        return "down" if state.good is not None else "starting"
+        return "down" if state.served is not None else "starting"
     return "reloading" if busy or state.candidate is not None else "live"

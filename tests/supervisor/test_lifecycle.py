@@ -10,30 +10,38 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from supervisor.lifecycle import (
+from supervisor.events import (
+    OPERATOR_TRIGGERS,
     Action,
     Attest,
     Attested,
     Beat,
+    Dump,
     Event,
+    Exceeded,
     Exited,
     Go,
     Imported,
     Kill,
     Launch,
-    Policy,
+    PauseRequested,
+    Promoted,
     Ready,
     Report,
     Restarting,
-    Stage,
-    State,
+    RestartRequested,
+    ResumeRequested,
+    RollbackRequested,
+    Slept,
     StopRequested,
     Terminate,
     Tick,
     TreeReady,
+    TreeRejected,
+    TreeSeen,
     TreeUnchanged,
-    step,
 )
+from supervisor.lifecycle import LAST_WORDS_SECONDS, Fault, Policy, Stage, State, step
 
 REPLACE = Policy(overlap=False, notify=False, watchdog_seconds=0)
 OVERLAP = Policy(overlap=True, notify=True)
@@ -54,8 +62,13 @@ class Run:
 
     def goes_live(self, tree: str, trigger: str = "watch") -> int:
         """Take a tree all the way; return the number of its generation."""
-        (launch,) = (a for a in self.happens(TreeReady(tree, trigger)) if isinstance(a, Launch))
-        number = launch.generation.number
+        self.happens(TreeReady(tree, trigger))
+        return self.candidate_goes_live()
+
+    def candidate_goes_live(self) -> int:
+        """Take the candidate there is all the way; return the number of its generation."""
+        assert self.state.candidate is not None
+        number = self.state.candidate.number
         self.happens(Imported(number))
         self.happens(Attested(number, None))
         for old in self.state.draining:
@@ -67,13 +80,23 @@ class Run:
         assert self.state.live.number == number
         return number
 
+    def becomes_known_good(self, tree: str) -> int:
+        """Take a tree all the way and through its probation; return the number of its generation."""
+        number = self.goes_live(tree)
+        beats = int(self.policy.probation_seconds // 10)
+        for _ in range(beats):
+            self.happens(Beat(number), after=10)
+        assert Attest(number) in self.happens(Tick())
+        assert self.happens(Attested(number, None)) == [Promoted(number, tree)]
+        return number
+
 
 def reports(actions: Sequence[Action]) -> list[tuple[str, str | None]]:
     return [(action.outcome, action.reason) for action in actions if isinstance(action, Report)]
 
 
 def launched(actions: Sequence[Action]) -> list[str]:
-    return [action.generation.tree for action in actions if isinstance(action, Launch)]
+    return [action.tree for action in actions if isinstance(action, Launch)]
 
 
 def test_first_start_goes_through_every_gate() -> None:
@@ -83,7 +106,8 @@ def test_first_start_goes_through_every_gate() -> None:
     assert run.happens(Attested(1, None)) == [Go(1)]
     assert run.happens(Ready(1)) == [Attest(1)]
     assert reports(run.happens(Attested(1, None))) == [("live", None)]
-    assert run.state.good == "a"
+    assert run.state.served == "a"
+    assert run.state.known_good == ()
 
 
 def test_simple_service_is_live_once_it_is_attested_at_work() -> None:
@@ -148,7 +172,8 @@ def test_candidate_that_is_never_ready_is_rejected_at_its_deadline() -> None:
     run.happens(Beat(1), after=14)
     actions = run.happens(Tick(), after=3)
     assert reports(actions) == [("rejected", "readiness")]
-    assert Terminate(2) in actions
+    assert Dump(2) in actions
+    assert run.happens(Tick(), after=LAST_WORDS_SECONDS) == [Kill(2)]
 
 
 def test_failure_after_the_old_one_stopped_brings_the_good_tree_back() -> None:
@@ -184,12 +209,8 @@ def test_backoff_doubles_up_to_the_cap_and_is_reset_by_a_healthy_spell() -> None
         (restarting,) = run.happens(Exited(number, "signal SIGSEGV"), after=1)
         assert isinstance(restarting, Restarting)
         waits.append(restarting.wait_seconds)
-        (launch,) = run.happens(Tick(), after=restarting.wait_seconds)
-        assert isinstance(launch, Launch)
-        number = launch.generation.number
-        run.happens(Imported(number))
-        run.happens(Attested(number, None))
-        run.happens(Attested(number, None))
+        assert launched(run.happens(Tick(), after=restarting.wait_seconds)) == ["a"]
+        number = run.candidate_goes_live()
     assert waits == [0.25, 0.5, 1, 2, 4, 8, 16, 30, 30, 30]
     (restarting,) = run.happens(Exited(number, "exit status 0"), after=REPLACE.healthy_seconds)
     assert isinstance(restarting, Restarting)
@@ -210,7 +231,9 @@ def test_silent_live_child_is_killed_as_hung_and_a_beat_prevents_it() -> None:
     number = run.goes_live("a")
     run.happens(Beat(number), after=10)
     assert run.happens(Tick(), after=10) == []
-    assert run.happens(Tick(), after=5) == [Kill(number)]
+    assert run.happens(Tick(), after=5) == [Dump(number)]
+    assert run.happens(Beat(number)) == []
+    assert run.happens(Tick(), after=LAST_WORDS_SECONDS) == [Kill(number)]
     (restarting,) = run.happens(Exited(number, "signal SIGKILL"))
     assert isinstance(restarting, Restarting)
     assert restarting.cause == "hang"
@@ -253,6 +276,200 @@ def test_stop_beats_everything_and_ends_when_all_are_gone() -> None:
     assert run.state.finished
 
 
+def test_crash_on_probation_brings_the_known_good_tree_back_and_quarantines_the_other() -> None:
+    run = Run(OVERLAP)
+    run.becomes_known_good("a")
+    bad = run.goes_live("b")
+    run.happens(Exited(1, "exit status 0"))
+    actions = run.happens(Exited(bad, "exit status 7"), after=3)
+    assert [type(action) for action in actions] == [Restarting, Report, Launch]
+    assert reports(actions) == [("rolled_back", "crash")]
+    assert launched(actions) == ["a"]
+    run.candidate_goes_live()
+    assert run.happens(TreeReady("b", "scan")) == []
+    assert run.state.quarantine["b"].detail == "exit status 7"
+
+
+def test_hang_and_mismatch_on_probation_bring_the_known_good_tree_back() -> None:
+    run = Run(OVERLAP)
+    run.becomes_known_good("a")
+    run.goes_live("b")
+    run.happens(Tick(), after=OVERLAP.watchdog_seconds)
+    actions = run.happens(Exited(2, "signal SIGABRT"))
+    assert reports(actions) == [("rolled_back", "crash")]
+    assert launched(actions) == ["a"]
+    run.candidate_goes_live()
+    run.goes_live("c")
+    actions = run.happens(Attested(4, "function c:f does not run the code of its source"))
+    assert reports(actions) == [("rolled_back", "attestation")]
+    assert launched(actions) == ["a"]
+    assert run.state.live is not None, "what serves goes on until the other one is ready"
+
+
+def test_known_good_tree_that_crashes_is_started_again_and_not_rolled_back() -> None:
+    run = Run(OVERLAP)
+    run.becomes_known_good("a")
+    second = run.becomes_known_good("b")
+    (restarting,) = run.happens(Exited(second, "signal SIGSEGV"))
+    assert isinstance(restarting, Restarting)
+    assert launched(run.happens(Tick(), after=1)) == ["b"]
+
+
+def test_tree_that_served_takes_precedence_over_an_older_known_good_one() -> None:
+    run = Run(REPLACE)
+    run.becomes_known_good("a")
+    run.goes_live("b")
+    run.happens(TreeReady("c", "watch"))
+    run.happens(Imported(3))
+    run.happens(Attested(3, None))
+    run.happens(Exited(2, "exit status 0"))
+    actions = run.happens(Exited(3, "exit status 1"))
+    assert reports(actions) == [("rolled_back", "crash")]
+    assert launched(actions) == ["b"]
+
+
+def test_quarantine_is_lifted_by_another_tree_and_by_the_operator() -> None:
+    run = Run(OVERLAP)
+    run.goes_live("a")
+    for lift in (TreeSeen("c"), TreeReady("b", "cli")):
+        run.happens(TreeReady("b", "watch"))
+        run.happens(Exited(run.state.next_number - 1, "exit status 1"))
+        assert set(run.state.quarantine) == {"b"}
+        run.happens(TreeSeen("b"))
+        assert run.happens(TreeReady("b", "scan")) == []
+        run.happens(lift)
+        assert not run.state.quarantine
+
+
+def test_broken_tree_at_the_start_runs_what_was_known_good() -> None:
+    for event in (TreeRejected(), TreeReady("b", "start")):
+        run = Run(REPLACE)
+        run.state = State(known_good=("a",), quarantine={"b": Fault("crash", "exit status 7")})
+        assert launched(run.happens(event)) == ["a"]
+        assert run.happens(TreeRejected()) == []
+
+
+def test_newest_known_good_trees_are_kept_in_order() -> None:
+    run = Run(OVERLAP)
+    for tree in "abcda":
+        run.becomes_known_good(tree)
+    assert run.state.known_good == ("a", "d", "c")
+
+
+def test_tree_is_not_known_good_without_a_fresh_proof() -> None:
+    run = Run(REPLACE)
+    number = run.goes_live("a")
+    assert run.happens(Attested(number, None), after=29) == []
+    assert run.happens(Tick(), after=1) == [Attest(number)]
+    assert run.happens(Tick(), after=100) == []
+    assert run.happens(Attested(number, None)) == [Promoted(number, "a")]
+    assert run.happens(Attested(number, None)) == []
+
+
+def test_limits_replace_the_child_without_a_storm() -> None:
+    run = Run(OVERLAP)
+    run.goes_live("a")
+    over = "it uses 9 bytes"
+    assert run.happens(Exceeded(1, "memory", over), after=0.1) == []
+    restarting, launch = run.happens(Exceeded(1, "memory", over), after=1)
+    assert restarting == Restarting(1, "memory", over, 0.0)
+    assert launch == Launch(2, "a", "memory")
+    assert run.happens(Exceeded(1, "memory", over), after=1) == []
+    starts = 0
+    for _ in range(600):
+        if run.state.candidate is not None:
+            run.happens(Exited(run.state.candidate.number, "exit status 1"))
+        starts += len(launched(run.happens(Exceeded(1, "memory", over), after=0.1)))
+    assert starts < 10
+    assert run.state.quarantine == {}
+
+
+def test_child_that_is_too_old_is_replaced() -> None:
+    run = Run(Policy(overlap=True, notify=False, watchdog_seconds=0, max_age_seconds=3600))
+    run.becomes_known_good("a")
+    assert run.happens(Tick(), after=3500) == []
+    restarting, launch = run.happens(Tick(), after=100)
+    assert isinstance(restarting, Restarting)
+    assert restarting.cause == "age"
+    assert launch == Launch(2, "a", "age")
+
+
+def test_time_in_which_the_supervisor_stood_still_is_nobodys_silence() -> None:
+    run = Run(OVERLAP)
+    number = run.goes_live("a")
+    run.happens(Slept(600.0), after=600)
+    assert run.happens(Tick(), after=OVERLAP.watchdog_seconds - 1) == []
+    assert Dump(number) in run.happens(Tick(), after=1)
+
+
+def test_restart_makes_a_new_process_of_what_runs() -> None:
+    run = Run(OVERLAP)
+    run.goes_live("a")
+    assert run.happens(RestartRequested()) == [Launch(2, "a", "cli")]
+    assert run.happens(RestartRequested()) == []
+    run.candidate_goes_live()
+    run.happens(Exited(2, "exit status 1"))
+    assert launched(run.happens(RestartRequested())) == ["a"], "the operator does not wait for the backoff"
+
+
+def test_changed_settings_make_a_new_process_of_the_same_tree() -> None:
+    run = Run(OVERLAP)
+    run.goes_live("a")
+    assert launched(run.happens(TreeReady("a", "config", renew=True))) == ["a"]
+    actions = run.happens(TreeReady("a", "config", renew=True))
+    assert reports(actions) == [("superseded", None)]
+    assert launched(actions) == ["a"]
+
+
+def test_rollback_by_the_operator_goes_to_the_good_tree_before_this_one() -> None:
+    run = Run(OVERLAP)
+    assert run.happens(RollbackRequested("uid 0")) == []
+    run.becomes_known_good("a")
+    assert run.state.earlier_good is None
+    run.becomes_known_good("b")
+    assert launched(run.happens(RollbackRequested("uid 0"))) == ["a"]
+    assert run.happens(TreeReady("b", "scan")) == [], "what is on disk does not come back by itself"
+    run.candidate_goes_live()
+    assert launched(run.happens(RollbackRequested("uid 0"))) == ["b"]
+
+
+def test_rollback_that_fails_does_not_end_with_nothing() -> None:
+    run = Run(REPLACE)
+    run.becomes_known_good("a")
+    run.becomes_known_good("b")
+    run.happens(RollbackRequested("uid 0"))
+    run.happens(Imported(3))
+    run.happens(Attested(3, None))
+    run.happens(Exited(2, "exit status 0"))
+    actions = run.happens(Exited(3, "exit status 1"))
+    assert reports(actions) == [("rolled_back", "crash")]
+    assert launched(actions) == ["b"]
+
+
+def test_pause_keeps_what_runs_running_and_starts_nothing_else() -> None:
+    run = Run(OVERLAP)
+    run.becomes_known_good("a")
+    number = run.goes_live("b")
+    run.happens(PauseRequested())
+    assert run.happens(TreeReady("c", "watch")) == []
+    run.happens(Exited(number, "exit status 7"))
+    assert launched(run.happens(Tick(), after=1)) == ["b"]
+    assert launched(run.happens(TreeReady("d", "cli"))) == ["d"]
+    run.happens(ResumeRequested())
+    assert launched(run.happens(TreeReady("c", "watch"))) == ["c"]
+
+
+def test_pause_takes_back_other_code_that_is_on_its_way() -> None:
+    run = Run(OVERLAP)
+    run.goes_live("a")
+    run.happens(TreeReady("b", "watch"))
+    assert reports(run.happens(PauseRequested())) == [("superseded", None)]
+    run = Run(OVERLAP)
+    run.goes_live("a")
+    run.happens(TreeReady("b", "cli"))
+    assert run.happens(PauseRequested()) == []
+
+
 class AnythingCanHappen(RuleBasedStateMachine):
     """Every event at any time, about any generation; the promises hold in every state."""
 
@@ -266,25 +483,62 @@ class AnythingCanHappen(RuleBasedStateMachine):
         self.proven: set[int] = set()
         self.reported: dict[int, int] = {}
         self.stopped = False
+        self.tree_of: dict[int, str] = {}
+        self.went_live: set[int] = set()
+
+    def may_be_launched(self, tree: str, trigger: str) -> bool:
+        """Whether a launch is allowed: during a pause what was tried before it, and what he asks for."""
+        return not self.run.state.paused or trigger in OPERATOR_TRIGGERS or tree in {*self.tree_of.values()}
 
     def happens(self, event: Event, after: float = 0.0) -> None:
         for action in self.run.happens(event, after):
             match action:
-                case Launch(generation):
+                case Launch(number, tree, trigger):
                     assert not self.stopped, "launched after the operator's stop"
-                    self.alive.add(generation.number)
+                    assert self.may_be_launched(tree, trigger), "other code started during a pause"
+                    assert number not in self.tree_of, "a number was given twice"
+                    self.tree_of[number] = tree
+                    self.alive.add(number)
                 case Go(number):
                     assert number in self.proven, "told to go without an attestation"
                     assert self.policy.overlap or not self.alive & self.gone_through, "two mains"
                     self.gone_through.add(number)
-                case Report(number):
+                case Report(number, "rolled_back") if number in self.went_live:
+                    assert self.run.state.known_good, "rolled back to nothing"
+                case Report(number, outcome):
+                    if outcome == "live":
+                        self.went_live.add(number)
                     self.reported[number] = self.reported.get(number, 0) + 1
                 case _:
                     pass
 
-    @rule(tree=st.sampled_from("abc"))
-    def tree_changes(self, tree: str) -> None:
-        self.happens(TreeReady(tree, "watch"))
+    @rule(
+        tree=st.sampled_from("abc"), trigger=st.sampled_from(["watch", "start", "cli"]), renew=st.booleans()
+    )
+    def tree_changes(self, tree: str, trigger: str, *, renew: bool) -> None:
+        self.happens(TreeSeen(tree))
+        self.happens(TreeReady(tree, trigger, renew=renew))
+
+    @rule()
+    def tree_is_broken(self) -> None:
+        self.happens(TreeRejected())
+
+    @rule(
+        event=st.sampled_from(
+            [RestartRequested(), RollbackRequested("x"), PauseRequested(), ResumeRequested()]
+        )
+    )
+    def operator_asks(self, event: Event) -> None:
+        self.happens(event)
+
+    @rule(data=st.data())
+    def live_child_grows(self, data: st.DataObject) -> None:
+        number = data.draw(st.sampled_from(sorted(self.alive) or [0]))
+        self.happens(Exceeded(number, "memory", "too much"))
+
+    @rule()
+    def supervisor_stands_still(self) -> None:
+        self.happens(Slept(100.0), 100.0)
 
     @rule(tree=st.sampled_from("abc"))
     def tree_returns(self, tree: str) -> None:
@@ -336,8 +590,21 @@ class AnythingCanHappen(RuleBasedStateMachine):
         if candidate is not None and candidate.deadline is None:
             assert candidate.stage is Stage.HELD
             assert state.draining
-        if not state.stopping and state.good is not None:
+        if not state.stopping and state.served is not None:
             assert state.live or candidate or state.retry, "a good version exists and nothing is to run it"
+
+    @invariant()
+    def quarantined_tree_is_neither_on_its_way_nor_to_be_tried_again(self) -> None:
+        state = self.run.state
+        starting = {
+            state.candidate.tree if state.candidate else None,
+            state.retry.tree if state.retry else None,
+        }
+        assert not starting & state.quarantine.keys()
+
+    @invariant()
+    def what_may_have_to_be_started_again_is_named(self) -> None:
+        assert {*self.run.state.known_good} <= self.run.state.trees
 
     @invariant()
     def every_attempt_has_at_most_one_outcome(self) -> None:

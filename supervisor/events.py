@@ -1,0 +1,264 @@
+"""Events: what can happen to generations, and what can be done about it, as values.
+
+The vocabulary between :mod:`supervisor.lifecycle`, which turns the first into the second, and those who
+observe and act. One fact a class; nothing here decides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Outcome = Literal["live", "unchanged", "superseded", "rejected", "rolled_back"]
+Reason = Literal["syntax", "import", "attestation", "readiness", "crash"]
+
+AUTOMATIC_TRIGGERS = frozenset({"start", "watch", "scan", "suspect"})
+"""What asks for a reload without an operator: these stand back behind a pause and a quarantine."""
+
+OPERATOR_TRIGGERS = frozenset({"cli", "signal", "config"})
+"""What an operator asks for with a reload."""
+
+
+# --- events -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TreeReady:
+    """A manifest passed its compilation and is to become the running code.
+
+    Attributes:
+        tree: its digest.
+        trigger: what asked for it.
+        renew: a new process is wanted although this tree may be live: its settings have changed.
+    """
+
+    tree: str
+    trigger: str
+    renew: bool = False
+
+
+@dataclass(frozen=True)
+class TreeRejected:
+    """What is on disk cannot become a manifest that may run."""
+
+
+@dataclass(frozen=True)
+class TreeUnchanged:
+    """The tree on disk is the one that is live."""
+
+    tree: str
+
+
+@dataclass(frozen=True)
+class TreeSeen:
+    """The disk holds this tree now."""
+
+    tree: str
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A child stands at its gate with its imports done."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Attested:
+    """A child's attestation was compared: ``problem`` is None if it runs what it was started from."""
+
+    number: int
+    problem: str | None
+    importing: bool = False
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A child said READY=1."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Beat:
+    """A child showed that it works, or asked for more time (``extend_seconds``)."""
+
+    number: int
+    extend_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Exceeded:
+    """A live child uses more than it may.
+
+    Attributes:
+        cause: which limit, a cause of restarts.
+        detail: for people.
+    """
+
+    number: int
+    cause: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Exited:
+    """A child is gone and reaped, with all that it left behind.
+
+    Attributes:
+        how: for people, for example ``exit status 7``.
+        error: the exception that ended it, where it told us.
+        importing: that exception came from loading code.
+    """
+
+    number: int
+    how: str
+    error: str | None = None
+    importing: bool = False
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Time has passed."""
+
+
+@dataclass(frozen=True)
+class Slept:
+    """The supervisor itself stood still: nobody could be heard, and nobody's silence counts."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
+class RestartRequested:
+    """The operator wants a new process of the code that runs."""
+
+
+@dataclass(frozen=True)
+class RollbackRequested:
+    """The operator wants the last good code before the one that runs; ``detail`` says who and why."""
+
+    detail: str
+
+
+@dataclass(frozen=True)
+class PauseRequested:
+    """The operator wants no other code to be started until he says so."""
+
+
+@dataclass(frozen=True)
+class ResumeRequested:
+    """The operator ends the pause."""
+
+
+@dataclass(frozen=True)
+class StopRequested:
+    """The operator wants the service stopped."""
+
+
+Event = (
+    TreeReady
+    | TreeRejected
+    | TreeUnchanged
+    | TreeSeen
+    | Imported
+    | Attested
+    | Ready
+    | Beat
+    | Exceeded
+    | Exited
+    | Tick
+    | Slept
+    | RestartRequested
+    | RollbackRequested
+    | PauseRequested
+    | ResumeRequested
+    | StopRequested
+)
+
+# --- actions ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Start a process of this tree under this number.
+
+    Attributes:
+        trigger: what it is started for.
+    """
+
+    number: int
+    tree: str
+    trigger: str
+
+
+@dataclass(frozen=True)
+class Attest:
+    """Ask a child for an attestation, after a delay."""
+
+    number: int
+    delay_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Go:
+    """Let a child pass its gate."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Dump:
+    """Note where a child stands that does not move, and have it write down the stacks of its threads."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Terminate:
+    """Send SIGTERM to a child."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Kill:
+    """Send SIGKILL to a child and its process group."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """The attempt to run a tree has ended: to make this generation live, or to keep it live on probation.
+
+    Attributes:
+        trigger: of an end on probation: what became of the live child.
+    """
+
+    number: int
+    outcome: Outcome
+    reason: Reason | None = None
+    detail: str | None = None
+    trigger: str | None = None
+
+
+@dataclass(frozen=True)
+class Restarting:
+    """A child that served is started again, or replaced, because of a fault."""
+
+    number: int
+    cause: str
+    detail: str
+    wait_seconds: float
+
+
+@dataclass(frozen=True)
+class Promoted:
+    """A generation survived its probation: its tree is the last known good one."""
+
+    number: int
+    tree: str
+
+
+Action = Launch | Attest | Go | Dump | Terminate | Kill | Report | Restarting | Promoted
