@@ -6,6 +6,7 @@ Colour appears on a terminal only (``rich`` sees to that).
 
 from __future__ import annotations
 
+import datetime as dt
 import difflib
 from typing import Any
 
@@ -63,6 +64,18 @@ def print_verify(document: dict[str, Any]) -> None:
         console.print(f"[red]not of its source[/]: {escape(name)}")
 
 
+def print_history(records: list[dict[str, Any]]) -> None:
+    """Print the document of ``history``: a row for each record, in the order given."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("time", "what", "trigger", "outcome", "generation", "tree", "ms", "detail"):
+        right = heading in {"generation", "ms"}
+        table.add_column(heading, justify="right" if right else "left", no_wrap=heading != "detail")
+    table.columns[-1].overflow = "fold"
+    for record in records:
+        table.add_row(*(_printable(cell) for cell in _history_cells(record)))
+    Console(highlight=False).print(table if records else "nothing has been recorded yet")
+
+
 def print_diff(document: dict[str, Any]) -> None:
     """Print the document of ``diff``; nothing at all if the running sources are those on disk."""
     running = _origin(f"generation {document['generation']}", document["running_commit"])
@@ -73,6 +86,28 @@ def print_diff(document: dict[str, Any]) -> None:
         new = f"{file['path']} ({on_disk})" if file["disk"] is not None else "/dev/null"
         for line in difflib.unified_diff(before, after, old, new):
             print(line.rstrip("\r\n"))
+
+
+def _history_cells(record: dict[str, Any]) -> tuple[str, ...]:
+    at = dt.datetime.fromisoformat(record["at"]).astimezone()
+    outcome = record["outcome"] or ""
+    seconds = record["total_seconds"]
+    return (
+        f"{at:%Y-%m-%d %H:%M:%S}",
+        record["kind"],
+        record["trigger"] or "",
+        f"{outcome} ({record['reason']})" if record["reason"] else outcome,
+        str(record["generation"] or ""),
+        (record["tree"] or "")[:_SHORT_DIGEST],
+        "" if seconds is None else f"{seconds * 1000:.0f}",
+        record["detail"] or "",
+    )
+
+
+def _printable(text: str) -> str:
+    """Return text that no terminal and no encoding stumbles over: a child may have written anything."""
+    shown = (c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    return escape("".join(shown))
 
 
 def _origin(what: str, commit: str | None) -> str:
