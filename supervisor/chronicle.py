@@ -11,9 +11,10 @@ import datetime as dt
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 from supervisor import remembered
-from supervisor.events import AUTOMATIC_TRIGGERS, Promoted, Restarting
+from supervisor.events import AUTOMATIC_TRIGGERS, Promoted, Reason, Restarting
 from supervisor.fleet import Fleet
 from supervisor.history import PATHS_LIMIT, History, Record
 from supervisor.lifecycle import Fault, State
@@ -51,7 +52,7 @@ class Chronicle:
         state = State(
             known_good=known.known_good,
             quarantine={
-                tree: Fault(fault.reason, fault.detail)  # type: ignore[arg-type] -- a word of ours, from our file
+                tree: Fault(cast("Reason | None", fault.reason), fault.detail)  # A word of ours.
                 for tree, fault in known.quarantine.items()
             },
             next_number=known.next_generation,
@@ -109,7 +110,7 @@ class Chronicle:
         else:
             self._history.add(record)
 
-    def restart(self, action: Restarting, tree: str | None, commit: str | None) -> None:
+    def restart(self, action: Restarting, tree: str | None) -> None:
         """Note that a live child is started again, or replaced, because of a fault."""
         record = Record(
             kind="restart",
@@ -117,7 +118,6 @@ class Chronicle:
             detail=action.detail,
             generation=action.number,
             tree=tree,
-            commit=commit,
         )
         if action.cause in _ENDED:
             self._with_its_end(action.number, record)
@@ -136,11 +136,9 @@ class Chronicle:
         for record in self._waiting.pop(number, ()):
             self._history.add(replace(record, ending=self._fleet.ending(number)))
 
-    def promoted(self, action: Promoted, commit: str | None) -> None:
+    def promoted(self, action: Promoted) -> None:
         """Note a tree that has served its probation."""
-        self._history.add(
-            Record(kind="promotion", generation=action.number, tree=action.tree, commit=commit)
-        )
+        self._history.add(Record(kind="promotion", generation=action.number, tree=action.tree))
 
     def operator(self, what: str, uid: int | None) -> None:
         """Note what an operator did that is no reload."""

@@ -20,12 +20,13 @@ from typing import Annotated, Any
 
 import typer
 
-from supervisor import control, terminal
+from supervisor import control, logfile, terminal
 from supervisor.errors import SupervisorError, UsageError
 from supervisor.settings import (
     Handover,
     Options,
     ServiceType,
+    Settings,
     load_options,
     merge,
     parse_target,
@@ -36,6 +37,8 @@ from supervisor.settings import (
 EXIT_FAILED = 1
 EXIT_DIFFERS = 3
 _ANSWER_SECONDS = 10.0
+CHILD_LOG = Path("log", "child.log")
+"""Of the state directory: the last lines of the children."""
 
 app = typer.Typer(
     help="Keep one Python program running on exactly the code that is on disk, and prove it.",
@@ -145,17 +148,30 @@ def run(
         listen=listen,
     )
     _refuse_namesake()
-    settings = resolve(parse_target(target), merge(flags, load_options(config) if config else Options()))
+    words = parse_target(target)
+
+    def read_settings() -> Settings:
+        return resolve(words, merge(flags, load_options(config) if config else Options()))
+
+    settings = read_settings()
     # Imported here: the other commands answer without loading watcher, metrics and web server.
+    from supervisor.output import Output  # noqa: PLC0415
     from supervisor.service import Service  # noqa: PLC0415
 
+    output = Output(settings.state_dir / CHILD_LOG)
+    _log_to(output.handler())
+    try:
+        raise typer.Exit(Service(settings, output, read_settings).run())
+    finally:
+        output.close()
+
+
+def _log_to(handler: logging.Handler) -> None:
     under_journal = "JOURNAL_STREAM" in os.environ
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.INFO,
-        format="%(name)s: %(message)s" if under_journal else "%(asctime)s %(name)s: %(message)s",
+    handler.setFormatter(
+        logging.Formatter("%(name)s: %(message)s" if under_journal else "%(asctime)s %(name)s: %(message)s")
     )
-    raise typer.Exit(Service(settings).run())
+    logging.basicConfig(handlers=[handler], level=logging.INFO)
 
 
 @app.command()
@@ -171,13 +187,33 @@ def status(*, runtime_dir: RuntimeDir = None, as_json: AsJson = False) -> None:
 @app.command()
 def reload(*, runtime_dir: RuntimeDir = None, as_json: AsJson = False) -> None:
     """Look at the tree now, reload if it differs, and return when there is an outcome."""
-    record = _ask(runtime_dir, "reload", timeout_seconds=None)["reload"]
-    if as_json:
-        _print_json(record)
-    else:
-        print(terminal.reload_line(record))
-    if record["outcome"] not in {"live", "unchanged"}:
-        raise typer.Exit(EXIT_FAILED)
+    _print_reload(_ask(runtime_dir, "reload", timeout_seconds=None)["reload"], as_json=as_json)
+
+
+@app.command()
+def restart(*, runtime_dir: RuntimeDir = None, as_json: AsJson = False) -> None:
+    """Replace the running process by a new one of the same code; return when there is an outcome."""
+    _print_reload(_ask(runtime_dir, "restart", timeout_seconds=None)["reload"], as_json=as_json)
+
+
+@app.command()
+def rollback(*, runtime_dir: RuntimeDir = None, as_json: AsJson = False) -> None:
+    """Go back to the known good code before the one that runs; what is on disk waits for the next change."""
+    _print_reload(_ask(runtime_dir, "rollback", timeout_seconds=None)["reload"], as_json=as_json)
+
+
+@app.command()
+def pause(*, runtime_dir: RuntimeDir = None) -> None:
+    """Start no other code until `resume`; what runs is kept running."""
+    _ask(runtime_dir, "pause")
+    print("paused")
+
+
+@app.command()
+def resume(*, runtime_dir: RuntimeDir = None) -> None:
+    """End a pause; what has changed meanwhile is reloaded."""
+    _ask(runtime_dir, "resume")
+    print("resumed")
 
 
 @app.command()
@@ -208,6 +244,39 @@ def diff(*, runtime_dir: RuntimeDir = None) -> None:
         raise typer.Exit(EXIT_DIFFERS)
 
 
+@app.command()
+def history(
+    *,
+    count: Annotated[int, typer.Option("-n", min=1, help="How many records, the newest last.")] = 20,
+    runtime_dir: RuntimeDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show every reload, restart and rollback with its reason and who asked for it."""
+    records = _ask(runtime_dir, "history", count=count)["history"]
+    if as_json:
+        _print_json(records)
+    else:
+        terminal.print_history(records)
+
+
+@app.command()
+def logs(
+    *,
+    follow: Annotated[bool, typer.Option("-f", help="Go on with what is written from now on.")] = False,
+    count: Annotated[int, typer.Option("-n", min=0, help="How many lines.")] = 50,
+    runtime_dir: RuntimeDir = None,
+) -> None:
+    """Show the last lines that the child wrote."""
+    file = Path(_ask(runtime_dir, "logs")["file"])
+    try:
+        for line in logfile.follow(file, count) if follow else logfile.read_last(file, count):
+            print(line, flush=follow)
+    except OSError as error:
+        raise SupervisorError(f"logs: cannot read {file}: {error.strerror}") from error
+    except KeyboardInterrupt:
+        return
+
+
 def main() -> None:
     """Entry point of ``wa-supervisor``."""
     for stream in (sys.stdout, sys.stderr):
@@ -221,9 +290,12 @@ def main() -> None:
 
 
 def _ask(
-    directory: str | None, command: str, timeout_seconds: float | None = _ANSWER_SECONDS
+    directory: str | None,
+    command: str,
+    timeout_seconds: float | None = _ANSWER_SECONDS,
+    **arguments: object,
 ) -> dict[str, Any]:
-    answer = control.request(runtime_dir(directory), command, timeout_seconds=timeout_seconds)
+    answer = control.request(runtime_dir(directory), command, timeout_seconds=timeout_seconds, **arguments)
     if not answer["ok"]:
         raise SupervisorError(f"{command}: {answer['error']}")
     return answer
@@ -243,6 +315,16 @@ def _refuse_namesake() -> None:
         f"the package supervisor {namesake} (supervisord) is installed in this environment and has the same "
         "import name; install wa-monitor in an environment of its own"
     )
+
+
+def _print_reload(record: dict[str, Any], *, as_json: bool) -> None:
+    """Print the record of a reload that was asked for, and exit 1 if it did not become live."""
+    if as_json:
+        _print_json(record)
+    else:
+        print(terminal.reload_line(record))
+    if record["outcome"] not in {"live", "unchanged"}:
+        raise typer.Exit(EXIT_FAILED)
 
 
 def _print_json(document: object) -> None:

@@ -44,7 +44,7 @@ from supervisor.families import (
     parse,
     total_values,
 )
-from supervisor.lifecycle import Outcome
+from supervisor.events import Outcome
 
 TRIGGERS = (
     "watch",
@@ -189,14 +189,17 @@ class ProcessSampler:
         self._process: psutil.Process | None = None
         self._cpu_seconds = 0.0
 
-    def sample(self, pid: int | None) -> None:
-        """Measure the process ``pid``. A reading that cannot be had is a missing sample, not a zero."""
+    def sample(self, pid: int | None) -> int | None:
+        """Measure the process ``pid`` and return its resident memory in bytes.
+
+        A reading that cannot be had is a missing sample (None), not a zero.
+        """
         if self._process is None or self._process.pid != pid:
             self._process, self._cpu_seconds = None, 0.0
             for gauge in (self._metrics.child_memory, self._metrics.child_fds, self._metrics.child_threads):
                 gauge.set(float("nan"))
         if pid is None:
-            return
+            return None
         try:
             self._process = self._process or psutil.Process(pid)
             with self._process.oneshot():
@@ -205,7 +208,7 @@ class ProcessSampler:
                 threads = self._process.num_threads()
             fds = self._process.num_fds()
         except psutil.Error:
-            return
+            return None
         if memory:
             self._metrics.child_memory.set(memory)
         self._metrics.child_fds.set(fds)
@@ -213,6 +216,7 @@ class ProcessSampler:
         used = cpu.user + cpu.system
         self._metrics.child_cpu.inc(max(0.0, used - self._cpu_seconds))
         self._cpu_seconds = used
+        return memory or None
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,13 +36,13 @@ class Quarantined:
     """Why a tree is not started again.
 
     Attributes:
-        reason: one word, of :data:`supervisor.lifecycle.Reason`.
+        reason: one word, of :data:`supervisor.events.Reason`; None if an operator put it there.
         detail: for people.
         at: ISO time in UTC.
     """
 
-    reason: str
-    detail: str | None
+    reason: str | None
+    detail: str
     at: str
 
 

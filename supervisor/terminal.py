@@ -132,6 +132,16 @@ def _status_rows(document: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("candidate", f"generation {candidate['generation']} ({candidate['stage']})"))
     if last:
         rows.append(("last reload", escape(reload_line(last))))
+    good = document["last_known_good"]
+    rows.append(("known good", f"tree {good[:_SHORT_DIGEST]}" if good else "none yet"))
+    rows += [
+        ("quarantine", escape(f"tree {fault['tree'][:_SHORT_DIGEST]}: {fault['detail']}"))
+        for fault in document["quarantine"]
+    ]
+    if document["paused"]:
+        rows.append(("paused", "[yellow]no other code is started[/] until `wa-supervisor resume`"))
+    rows.append(("converges", f"within {document['converge_seconds']:g} s of the last change, or says why not"))
+    rows += [("problem", f"[red]{escape(problem)}[/]") for problem in document["problems"]]
     rows.append(("watch", f"{watch['mode']}, last scan {watch['last_scan_age_seconds']:.1f} s ago"))
     if document["git"]:
         rows.append(("commit", document["git"]["commit"] or "none yet"))

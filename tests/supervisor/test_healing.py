@@ -1,0 +1,459 @@
+"""What a supervisor does about crashes, hangs, leaks and bad commits, and what it remembers of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.supervisor.harness import SUPERVISOR, Supervised, is_gone
+
+Supervise = Callable[..., Supervised]
+
+NOTIFYING = """\
+import os, signal, socket, sys, threading, time
+sys.path.insert(0, "modules")
+import answer
+
+notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+stopped = threading.Event()
+signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+answer.work()
+notify.sendto(b"READY=1", os.environ["NOTIFY_SOCKET"])
+print("serving", answer.VALUE, flush=True)
+while not stopped.wait(0.05):
+    notify.sendto(b"WATCHDOG=1", os.environ["NOTIFY_SOCKET"])
+    answer.work()
+print("finished", answer.VALUE, flush=True)
+"""
+GOOD = "VALUE = {}\ndef work(): pass\n"
+OVERLAP = ("--type=notify", "--handover=overlap")
+REPLACE = ("--type=notify", "--handover=replace")
+LIVE = r"reload \(\w+\): live"
+
+
+@pytest.fixture
+def service(tree: Path) -> Path:
+    """A tree whose script reports for work; what it does is in ``modules/answer.py``."""
+    (tree / "main.py").write_text(NOTIFYING, encoding="utf-8")
+    write(tree, GOOD.format(1))
+    return tree
+
+
+def write(tree: Path, text: str) -> None:
+    """Save ``modules/answer.py`` as an editor does: whole."""
+    new = tree / "answer.new"
+    new.write_text(text, encoding="utf-8")
+    new.replace(tree / "modules" / "answer.py")
+
+
+def known_good(supervise: Supervise, tree: Path, *arguments: str, **environment: str) -> Supervised:
+    """Start a supervisor and wait until what is on disk is known good."""
+    started = supervise("--probation=1", *arguments, "main.py", cwd=tree, **environment)
+    started.expect("^serving 1$")
+    started.expect("is known good")
+    return started
+
+
+def history(started: Supervised) -> list[dict[str, Any]]:
+    records: list[dict[str, Any]] = json.loads(started.command("history", "--json").stdout)
+    return records
+
+
+def restart_record(started: Supervised) -> dict[str, Any]:
+    """Return the newest record of a child that was started again."""
+    return [record for record in history(started) if record["kind"] == "restart"][-1]
+
+
+DIES_SOON = (
+    GOOD
+    + "import sys, time\nborn = time.monotonic()\n"
+    + ("def work():\n    if time.monotonic() - born > 0.3: sys.exit('boom')\n")
+)
+BAD = {
+    "dies at work": (DIES_SOON.format(2), "crash"),
+    "fails at import": (GOOD.format(2) + "import nowhere\n", "import"),
+    "is never ready": (GOOD.format(2) + "import time\ndef work(): time.sleep(600)\n", "readiness"),
+    "is patched": (
+        GOOD.format(2) + "exec(compile('def work(): return 3', __file__, 'exec'), globals())\n",
+        "attestation",
+    ),
+}
+
+
+@pytest.mark.parametrize("handover", [OVERLAP, REPLACE], ids=["overlap", "replace"])
+@pytest.mark.parametrize("commit", BAD)
+def test_bad_commit_ends_with_the_good_version_at_work(
+    supervise: Supervise, service: Path, handover: tuple[str, ...], commit: str
+) -> None:
+    started = known_good(supervise, service, *handover, "--ready-timeout=3", "--scan-interval=0.2")
+    tree = started.status()["live"]["tree"]
+    source, reason = BAD[commit]
+    write(service, source)
+    outcome = started.expect(rf"reload \(\w+\): (rejected|rolled_back) \({reason}\)").group(1)
+    if outcome == "rolled_back":
+        started.expect("^serving 1$")
+        started.expect(LIVE)
+    status = started.status()
+    assert status["live"]["tree"] == tree == status["last_known_good"]
+    assert not status["in_sync"]
+    assert [fault["reason"] for fault in status["quarantine"]] == [reason]
+    write(service, GOOD.format(4))
+    started.expect("^serving 4$")
+    started.expect("is known good")
+    assert started.status()["quarantine"] == []
+    assert started.status()["in_sync"]
+
+
+def test_crash_is_recorded_with_its_cause_and_last_words(supervise: Supervise, service: Path) -> None:
+    started = known_good(supervise, service, *OVERLAP)
+    crash = "import sys\ndef work():\n    print('about to fail', file=sys.stderr)\n    os = 1 / 0\n"
+    write(
+        service,
+        GOOD.format(2)
+        + "import time\nborn = time.monotonic()\n"
+        + crash.replace("def work():\n", "def work():\n    if time.monotonic() - born < 0.2: return\n"),
+    )
+    started.expect(r"rolled_back \(crash\): on probation: ZeroDivisionError: division by zero")
+    started.expect(LIVE)
+    record = restart_record(started)
+    assert (record["trigger"], record["ending"]["exit_status"]) == ("crash", 1)
+    assert "about to fail" in record["ending"]["output"]
+    assert record["ending"]["output"][-1] == "ZeroDivisionError: division by zero"
+
+
+@pytest.mark.parametrize(
+    ("number", "ending"),
+    [
+        (signal.SIGKILL, {"exit_status": None, "signal": "SIGKILL"}),
+        (signal.SIGSEGV, {"exit_status": None, "signal": "SIGSEGV"}),
+        (signal.SIGTERM, {"exit_status": 0, "signal": None}),
+    ],
+)
+def test_end_that_nobody_asked_for_is_recorded_and_healed(
+    supervise: Supervise, service: Path, number: signal.Signals, ending: dict[str, Any]
+) -> None:
+    started = known_good(supervise, service, *OVERLAP)
+    started.live().send_signal(number)
+    started.expect("generation 1: crash")
+    started.expect("^serving 1$")
+    started.expect(LIVE)
+    record = restart_record(started)
+    assert {key: record["ending"][key] for key in ending} == ending
+    assert started.status()["restarts"]["crash"] == 1
+    if number is signal.SIGSEGV:
+        assert any("Fatal Python error: Segmentation fault" in line for line in record["ending"]["output"])
+
+
+HANGS = GOOD.format(1) + (
+    "import os, threading\n"
+    "def work():\n    if os.path.exists('hang'): hang_here()\n"
+    "def hang_here(): threading.Event().wait()\n"
+)
+
+
+def test_hung_child_leaves_its_stacks_in_log_and_record(supervise: Supervise, service: Path) -> None:
+    write(service, HANGS)
+    started = known_good(supervise, service, *OVERLAP, "--watchdog=1")
+    (service / "hang").touch()
+    started.expect("Fatal Python error: Aborted")
+    (service / "hang").unlink()
+    started.expect("generation 1: hang")
+    started.expect("^serving 1$")
+    started.expect(LIVE)
+    record = restart_record(started)
+    assert record["trigger"] == "hang"
+    assert any("in hang_here" in line for line in record["ending"]["dump"])
+    assert record["ending"]["signal"] == "SIGABRT"
+
+
+@pytest.mark.parametrize("kind", ["simple", "notify"])
+def test_stopped_child_is_killed_and_never_continued(supervise: Supervise, service: Path, kind: str) -> None:
+    write(
+        service,
+        GOOD.format(1) + "import signal\nsignal.signal(signal.SIGCONT, lambda *_: print('continued'))",
+    )
+    started = known_good(supervise, service, f"--type={kind}", "--watchdog=1")
+    started.live().send_signal(signal.SIGSTOP)
+    started.expect("generation 1: hang")
+    started.expect("^serving 1$")
+    started.expect(LIVE)
+    ending = restart_record(started)["ending"]
+    assert (ending["stopped"], ending["signal"]) == (True, "SIGKILL")
+    assert ending["dump"][0].startswith("state T (stopped)")
+    assert "continued" not in started.output.lines
+
+
+def test_child_that_was_stopped_together_with_the_supervisor_is_not_hung(
+    supervise: Supervise, service: Path
+) -> None:
+    started = known_good(supervise, service, *OVERLAP, "--watchdog=1")
+    child = started.live()
+    supervisor = psutil.Process(started.process.pid)
+    for process in (supervisor, child):
+        process.suspend()
+    threading.Event().wait(2.5)  # Longer than the watchdog: this time is what the test is about.
+    for process in (supervisor, child):
+        process.resume()
+    started.expect("the supervisor stood still")
+    assert started.command("verify").returncode == 0
+    assert started.live() == child
+    assert started.status()["restarts"]["hang"] == 0
+
+
+def test_child_over_its_memory_limit_is_replaced_without_downtime(
+    supervise: Supervise, service: Path
+) -> None:
+    write(
+        service,
+        GOOD.format(1) + "import os\nleak = []\ndef work():\n"
+        "    if os.path.exists('leak'): leak.append(b'x' * 8_000_000)\n",
+    )
+    started = known_good(supervise, service, *OVERLAP, "--max-memory=150000000")
+    (service / "leak").touch()
+    started.expect("generation 1: memory")
+    (service / "leak").unlink()
+    started.expect(r"reload \(memory\): live")
+    assert [line for line in started.output.lines if line.startswith(("serving", "finished"))][:3] == [
+        "serving 1",
+        "serving 1",
+        "finished 1",
+    ]
+    assert restart_record(started)["trigger"] == "memory"
+    assert started.status()["restarts"]["memory"] == 1
+
+
+def test_child_that_is_old_is_replaced(supervise: Supervise, service: Path) -> None:
+    started = known_good(supervise, service, *OVERLAP, "--max-age=2")
+    started.expect("generation 1: age")
+    started.expect(r"reload \(age\): live")
+
+
+def test_broken_code_at_boot_runs_what_was_known_good(supervise: Supervise, service: Path) -> None:
+    first = known_good(supervise, service, *OVERLAP)
+    tree = first.status()["live"]["tree"]
+    first.end()
+    write(service, "def broken(:\n")
+    second = supervise(*OVERLAP, "main.py", cwd=service)
+    second.expect(r"rejected \(syntax\).*answer.py, line 1")
+    second.expect("^serving 1$")
+    second.expect(LIVE)
+    status = second.status()
+    assert (status["live"]["tree"], status["in_sync"]) == (tree, False)
+    assert "answer.py, line 1" in status["reason"]
+    verified = json.loads(second.command("verify", "--json").stdout)
+    assert verified["functions"]["checked"] > 0, "code from before this supervisor is compared, too"
+    write(service, GOOD.format(2))
+    second.expect("^serving 2$")
+
+
+def test_quarantine_survives_kill_9_of_the_supervisor(supervise: Supervise, service: Path) -> None:
+    first = known_good(supervise, service, *OVERLAP, "--scan-interval=0.2")
+    write(service, GOOD.format(2) + "import nowhere\n")
+    first.expect(r"rejected \(import\)")
+    number = first.status()["live"]["generation"]
+    first.process.kill()
+    first.end()
+    second = supervise(*OVERLAP, "main.py", cwd=service)
+    second.expect(r"rejected \(import\): quarantined: ")
+    second.expect("^serving 1$")
+    second.expect(LIVE)
+    assert second.status()["live"]["generation"] > number
+    assert second.command("reload").returncode == 1, "an operator may try it again"
+    second.expect(r"reload \(cli\): rejected \(import\): ModuleNotFoundError")
+
+
+def test_damaged_state_is_set_aside_and_reported(supervise: Supervise, service: Path, tmp_path: Path) -> None:
+    known_good(supervise, service, *OVERLAP).end()
+    state = tmp_path / "state" / "state.json"
+    state.write_bytes(state.read_bytes()[:-20])
+    second = supervise(*OVERLAP, "main.py", cwd=service)
+    second.expect("state.json.*set aside")
+    second.expect("^serving 1$")
+    assert list(state.parent.glob("state.json.corrupt-*"))
+
+
+def test_restart_is_a_new_process_of_the_same_code_through_the_ordinary_handover(
+    supervise: Supervise, service: Path
+) -> None:
+    started = known_good(supervise, service, *OVERLAP)
+    before = started.live()
+    record = json.loads(started.command("restart", "--json").stdout)
+    assert (record["outcome"], record["trigger"], record["uid"]) == ("live", "cli", os.getuid())
+    assert started.live() != before
+    started.expect("^finished 1$")
+    assert started.status()["in_sync"]
+
+
+def test_rollback_goes_back_and_the_disk_waits_for_its_next_change(
+    supervise: Supervise, service: Path
+) -> None:
+    started = known_good(supervise, service, *OVERLAP, "--scan-interval=0.2")
+    assert started.command("rollback").stderr.endswith("no tree before this one has served its probation\n")
+    write(service, GOOD.format(2))
+    started.expect("^serving 2$")
+    started.expect("is known good")
+    answer = started.command("rollback")
+    assert answer.returncode == 0, answer.stderr
+    started.expect("^serving 1$")
+    status = started.status()
+    assert (status["in_sync"], status["quarantine"][0]["reason"]) == (False, None)
+    assert f"rolled back by uid {os.getuid()}" in status["reason"]
+    write(service, GOOD.format(3))
+    started.expect("^serving 3$")
+    started.expect(LIVE)
+    kinds = [(record["kind"], record["uid"]) for record in history(started)]
+    assert ("rollback", os.getuid()) in kinds
+    assert "rollback" in started.command("history").stdout
+
+
+def test_pause_holds_automatic_reloads_and_resume_catches_up(supervise: Supervise, service: Path) -> None:
+    started = known_good(supervise, service, *OVERLAP, "--scan-interval=0.2")
+    before = started.live()
+    assert started.command("pause").stdout == "paused\n"
+    write(service, GOOD.format(2))
+    assert started.command("verify").returncode == 3, "the disk is looked at, whatever was asked for"
+    status = started.status()
+    assert (status["paused"], status["in_sync"]) == (True, False)
+    assert status["reason"].startswith("paused: ")
+    before.kill()
+    started.expect("generation 1: crash")
+    started.expect("^serving 1$")
+    started.expect(LIVE)
+    assert started.command("resume").stdout == "resumed\n"
+    started.expect("^serving 2$")
+    started.expect(LIVE)
+    assert [r["outcome"] for r in history(started) if r["kind"] == "operator"] == ["pause", "resume"]
+
+
+def test_reload_by_the_operator_goes_through_a_pause(supervise: Supervise, service: Path) -> None:
+    started = known_good(supervise, service, *OVERLAP)
+    started.command("pause")
+    write(service, GOOD.format(2))
+    assert started.command("reload").returncode == 0
+    started.expect("^serving 2$")
+    assert started.status()["paused"]
+
+
+def test_changed_setting_makes_a_new_generation_of_the_same_tree(
+    supervise: Supervise, service: Path, tmp_path: Path
+) -> None:
+    config = tmp_path / "wa.toml"
+    config.write_text("watchdog = 15\n", encoding="utf-8")
+    started = known_good(supervise, service, *OVERLAP, f"--config={config}")
+    before = started.status()["live"]
+    config.write_text("watchdog = 20\n", encoding="utf-8")
+    record = started.reload()
+    assert (record["outcome"], record["trigger"]) == ("live", "config")
+    after = started.status()["live"]
+    assert (after["tree"], after["generation"]) == (before["tree"], before["generation"] + 1)
+    assert "WATCHDOG_USEC=20000000" in psutil.Process(after["pid"]).environ()["WATCHDOG_USEC"].join(
+        ["WATCHDOG_USEC=", ""]
+    )
+    assert started.reload()["outcome"] == "unchanged"
+    for text, why in [("watchdog = 'x'\n", "watchdog"), ("listen = '127.0.0.1:1'\n", "")]:
+        config.write_text(text, encoding="utf-8")
+        refused = started.command("reload")
+        if why:
+            assert refused.returncode == 1
+            assert why in refused.stderr
+    assert started.status()["live"] == after
+
+
+def test_environment_file_is_watched_and_its_values_stay_secret(
+    supervise: Supervise, service: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "environment"
+    file.write_text("# of the service\nTOKEN='first secret'\n", encoding="utf-8")
+    started = known_good(supervise, service, *OVERLAP, f"--env-file={file}", "--scan-interval=0.2")
+    assert started.live().environ()["TOKEN"] == "first secret"
+    file.write_text("TOKEN=second secret\n", encoding="utf-8")
+    started.expect(r"reload \(config\): live")
+    assert started.live().environ()["TOKEN"] == "second secret"
+    file.write_text("third secret\n", encoding="utf-8")
+    started.expect("environment, line 1 is not NAME=value")
+    assert "line 1 is not NAME=value" in started.status()["problems"][0]
+    said = "\n".join(started.output.lines) + json.dumps(started.status()) + json.dumps(history(started))
+    assert "secret" not in said.replace("its values stay secret", "")
+
+
+DAEMON = """
+import os, signal, socket, time
+def work(): pass
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        port = socket.socket()
+        port.bind(("127.0.0.1", PORT))
+        port.listen()
+        print("daemon", os.getpid(), flush=True)
+        time.sleep(600)
+    os._exit(0)
+"""
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def test_what_a_generation_daemonized_is_gone_before_the_next_one_starts(
+    supervise: Supervise, service: Path, free_port: int
+) -> None:
+    write(service, GOOD.format(1) + DAEMON.replace("PORT", str(free_port)))
+    started = supervise(*REPLACE, "main.py", cwd=service)
+    first = psutil.Process(int(started.expect(r"^daemon (\d+)$").group(1)))
+    started.expect(LIVE)
+    started.live().kill()
+    started.expect(r"^daemon (\d+)$")
+    started.expect(LIVE)
+    assert is_gone(first)
+    assert started.command("restart").returncode == 0
+    started.expect(r"^daemon (\d+)$")
+
+
+def test_next_supervisor_sweeps_what_a_killed_one_left_behind(
+    supervise: Supervise, service: Path, free_port: int
+) -> None:
+    write(service, GOOD.format(1) + DAEMON.replace("PORT", str(free_port)))
+    first = supervise(*OVERLAP, "main.py", cwd=service)
+    daemon = psutil.Process(int(first.expect(r"^daemon (\d+)$").group(1)))
+    first.expect(LIVE)
+    first.process.kill()
+    first.process.wait()
+    assert not is_gone(daemon), "void: without systemd, nobody else kills it"
+    second = supervise(*OVERLAP, "main.py", cwd=service)
+    second.expect(f"killed what an earlier supervisor left behind: .*{daemon.pid}")
+    second.expect(r"^daemon (\d+)$")
+    second.expect(LIVE)
+
+
+def test_last_lines_of_the_child_are_kept_and_followed(supervise: Supervise, service: Path) -> None:
+    started = known_good(supervise, service, *OVERLAP)
+    (line,) = started.command("logs", "-n", "1").stdout.splitlines()
+    assert line.endswith("serving 1")
+    with subprocess.Popen(
+        [SUPERVISOR, "logs", "-f", "-n", "0", f"--runtime-dir={started.runtime}"],
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as follower:
+        assert follower.stdout is not None
+        started.command("restart")
+        assert re.search("serving 1$|finished 1$", follower.stdout.readline())
+        follower.send_signal(signal.SIGINT)
+        follower.communicate()
+        assert follower.returncode == 0
