@@ -247,7 +247,7 @@ def diff(*, runtime_dir: RuntimeDir = None) -> None:
 @app.command()
 def history(
     *,
-    count: Annotated[int, typer.Option("-n", min=1, help="How many records, the newest last.")] = 20,
+    count: Annotated[int, typer.Option("-n", min=1, help="How many records, the newest first.")] = 20,
     runtime_dir: RuntimeDir = None,
     as_json: AsJson = False,
 ) -> None:

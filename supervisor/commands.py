@@ -34,7 +34,7 @@ from supervisor.status import ANSWER_SECONDS, verify_document
 
 log = logging.getLogger("wa-supervisor")
 
-_HISTORY_SHOWN = 50
+_HISTORY_SHOWN = 20
 
 Request = Mapping[str, Any]
 

@@ -169,6 +169,7 @@ class Service:
         state, known, problem = self._chronicle.recall()
         if problem is not None:
             log.error("%s", problem)
+            self._scribe.fail("load the state", problem)
         self._sweep_earlier(known)
         for tree in state.known_good:
             try:

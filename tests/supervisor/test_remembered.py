@@ -22,7 +22,7 @@ REMEMBERED = Remembered(
     quarantine={
         "c" * 64: Quarantined("readiness", "not live within 3 s", "2026-01-02T03:04:05.678+00:00"),
         "d" * 64: Quarantined("import", "cannot read \udcff.py: “no”", "2026-01-02T03:04:06.000+00:00"),
-        "e" * 64: Quarantined("crash", None, "2026-01-02T03:04:07.000+00:00"),
+        "e" * 64: Quarantined(None, "by an operator", "2026-01-02T03:04:07.000+00:00"),
     },
     next_generation=42,
     processes=(RecordedProcess(41, 12345, 987654, "5a1c7d52-0000-4000-8000-000000000000"),),
