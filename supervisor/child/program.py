@@ -13,6 +13,9 @@ not list, with every signal blocked, its descriptor is not inherited by the appl
 ``__main__`` is the application's. The death signal is set by this process itself, from its main thread, after
 it has its final parent: set earlier it would fire at a re-parenting (prctl(2), PR_SET_PDEATHSIG).
 
+One thing is not plain: what it prints leaves line by line though stdout is a pipe, as it does on a terminal.
+Plain Python would keep 8 KiB of it, which are late in every log and lost when a hung child is killed.
+
 SIGKILL as death signal and not SIGTERM: it is the one that a hung child cannot survive. A supervisor that is
 *stopped* sends SIGTERM and waits, so this is for a supervisor that was killed. Where the kernel has no such
 signal (macOS), the end of the channel takes its place: SIGTERM, and SIGKILL three seconds later.
@@ -34,6 +37,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from io import TextIOWrapper
 from types import CodeType, ModuleType
 from typing import Any, NoReturn
 
@@ -160,6 +164,8 @@ def run(descriptor: int, plain_modules: frozenset[str], run_name: str) -> NoRetu
     os.register_at_fork(after_in_child=channel.abandon)
     progress = attest.Progress(threading.get_ident())
     _thread.start_new_thread(channel.serve, (pins, progress))
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)
     _end(channel, lambda: _live(channel, start["target"], main, pins, progress))
 
 

@@ -152,6 +152,24 @@ def stepped(tree: Path, fifo: Path, generation: Callable[..., Generation]) -> Ge
     return one
 
 
+def test_printed_line_is_out_before_the_process_ends(
+    tree: Path,
+    fifo: Path,
+    generation: Callable[..., Generation],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    (tree / "main.py").write_text(
+        "import os, signal\nprint('printed')\nopen(os.environ['WA_STEP'] + '/said', 'w').close()\n"
+        "signal.pause()\n",
+        encoding="utf-8",
+    )
+    generation(WA_STEP=str(fifo)).go()
+    (fifo / "said").read_bytes()
+    assert capfd.readouterr().out == "printed\n"
+
+
 @pytest.mark.parametrize("how", ["changed", "broken", "deleted"])
 def test_lazy_import_gets_the_pinned_version(stepped: Generation, tree: Path, fifo: Path, how: str) -> None:
     later = tree / "later.py"
