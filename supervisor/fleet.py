@@ -90,6 +90,8 @@ class Fleet:
         self._happened = happened
         self._metrics = metrics
         self._suspected = suspected
+        # By its name: the folder may be removed and made anew, and ours would be the removed one.
+        self._directory = Path.cwd()
         self._running: dict[int, Running] = {}
 
     def get(self, number: int | None) -> Running | None:
@@ -112,6 +114,7 @@ class Fleet:
             blobs=self._blobs,
             target=self._target,
             environment=self._environment(number, manifest.digest),
+            directory=self._directory,
         )
         child = launch.launch(request)
         running = Running(number, manifest, child, time.time(), commit)
