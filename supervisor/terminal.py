@@ -102,7 +102,7 @@ def _status_rows(document: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("commit", document["git"]["commit"] or "none yet"))
     if not document["bytecode"]["writable"]:
         total, shown = document["bytecode"]["stale_total"], document["bytecode"]["stale"][:_SHOWN_PATHS]
-        stale = f"{total} stale ones that other processes may run: {', '.join(shown)}"
+        stale = f"{total} stale file(s) that other processes may run: {', '.join(shown)}"
         rows.append(("bytecode", f"[yellow]not writable[/]: {escape(stale) if total else 'none is stale'}"))
     rows.append(("metrics", f"http://{document['listen']}/metrics"))
     return rows
