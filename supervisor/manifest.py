@@ -341,6 +341,8 @@ def _list(place: _Place, *, is_root: bool) -> _Listing | None:
         # code for deleted.
         if not is_root and (error.errno in _LEADS_NOWHERE or isinstance(error, PermissionError)):
             return None
+        if error.errno in _LEADS_NOWHERE:
+            raise SourceError(place.path, error.strerror or str(error), "put it back") from error
         raise SourceError(place.path, error.strerror or str(error)) from error
     if VENV_MARKER in names:
         if not is_root:

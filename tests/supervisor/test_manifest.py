@@ -302,7 +302,7 @@ def test_root_that_vanishes_is_an_error_until_it_is_back(tmp_path: Path) -> None
     tree = tree_of(root)
     before = look(tree)
     root.rename(tmp_path / "away")
-    with pytest.raises(SourceError, match=f"cannot read {root}: No such file or directory"):
+    with pytest.raises(SourceError, match=f"cannot read {root}: No such file or directory; put it back"):
         look(tree, before)
     write(source, "A = 1")
     assert look(tree, before).manifest.digest == before.manifest.digest
