@@ -417,7 +417,7 @@ def not_cached(source: Path) -> None:
 
 
 def rightly_cached(source: Path) -> None:
-    source.write_text(NEW, encoding="utf-8")
+    source.write_text(f"assert __debug__, 'other code at each level'\n{NEW}", encoding="utf-8")
     py_compile.compile(str(source), invalidation_mode=TIMESTAMP)
     py_compile.compile(str(source), optimize=1, invalidation_mode=UNCHECKED)
 
@@ -656,6 +656,13 @@ def test_helper_that_is_killed_is_a_rejection(workshop: Workshop) -> None:
     assert not isinstance(job._process, str)
     job._process.send_signal(signal.SIGKILL)
     assert str(finish(job).error).endswith("the compile helper ended by signal SIGKILL before it was done")
+
+
+def test_helper_says_which_source_it_is_at_and_when_it_is_through_with_them(workshop: Workshop) -> None:
+    said: list[str] = []
+    sources = {str(path): str(path) for path in (workshop.write("a.py"), workshop.write("b.py"))}
+    compiler.Helper(sources=sources, removed=[], directories=[], roots=[], at=said.append).run()
+    assert said == [*sources, ""]
 
 
 def test_helper_whose_time_is_up_names_the_source_that_it_was_at(tmp_path: Path) -> None:
