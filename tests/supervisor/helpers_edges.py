@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_NOBODY = 65534
+NOBODY = 65534
 _BECOME_NOBODY = f"""
 import os
 if os.getuid() == 0:
     os.setgroups([])
-    os.setgid({_NOBODY})
-    os.setuid({_NOBODY})
+    os.setgid({NOBODY})
+    os.setuid({NOBODY})
 """
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from supervisor import pyc
-from tests.supervisor.helpers_edges import folder_for_everybody, run_unprivileged
+from supervisor import compiler, pyc
+from tests.supervisor.helpers_edges import NOBODY, folder_for_everybody, run_unprivileged
 
 SOMEBODY, SOME_GROUP = 4321, 4322
 """Ids that nobody on this machine has."""
@@ -25,12 +25,9 @@ def umask(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture
-def owner(not_checked: Callable[[str], None]) -> tuple[int, int]:
+def owner() -> tuple[int, int]:
     """Somebody else if we may give files away, else ourselves."""
-    if os.getuid():
-        not_checked("bytecode in a folder of somebody else: only root gives files away")
-        return os.getuid(), os.getgid()
-    return SOMEBODY, SOME_GROUP
+    return (os.getuid(), os.getgid()) if os.getuid() else (SOMEBODY, SOME_GROUP)
 
 
 def tree(root: Path, owner: tuple[int, int], *, folder: int = 0o755, source: int = 0o644) -> Path:
@@ -61,6 +58,7 @@ def facts(path: Path) -> tuple[int, int, int]:
         (0o777, 0o644, 0o644),
         (0o2750, 0o444, 0o640),
     ],
+    ids="{:o}".format,
 )
 def test_bytecode_is_of_its_folder_and_never_more_open_than_the_source(
     tmp_path: Path, owner: tuple[int, int], folder: int, source: int, expected: int
@@ -71,6 +69,28 @@ def test_bytecode_is_of_its_folder_and_never_more_open_than_the_source(
     assert facts(written) == (*owner, expected)
     assert facts(written.parent) == (*owner, folder)
     assert (written.read_bytes(), [*written.parent.iterdir()]) == (b"content", [written])
+
+
+def test_owner_of_a_tree_can_remove_and_replace_what_root_compiled(
+    not_checked: Callable[[str], None],
+) -> None:
+    if os.getuid():
+        not_checked("bytecode in a folder of somebody else: only root gives files away")
+        return
+    code = """
+os.unlink(cached)
+os.rmdir(os.path.dirname(cached))
+py_compile.compile(sys.argv[1], doraise=True)
+"""
+    with folder_for_everybody() as folder:
+        source = folder / "m.py"
+        source.touch()
+        for place in (folder, source):
+            os.chown(place, NOBODY, NOBODY)
+        helper = compiler.Helper(sources={str(source): str(source)}, removed=[], directories=[], roots=[])
+        assert helper.run()["compiled_total"] == 1
+        imports = "import os, py_compile, sys, importlib.util as u; cached = u.cache_from_source(sys.argv[1])"
+        run_unprivileged(imports, code, str(source))
 
 
 def test_cache_that_was_there_stays_as_it_is(tmp_path: Path, owner: tuple[int, int]) -> None:
