@@ -13,30 +13,35 @@ RUN ?= # a way to run modules under something, e.g. RUN="-m coverage run"
 # The caller's Python settings must not reach ours; PYTHONDONTWRITEBYTECODE would hide the bug this project is about.
 unexport PYTHONDONTWRITEBYTECODE PYTHONUNBUFFERED PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV
 
-STAMP := .venv/complete
+# Where the tools are; `make test VENV=.venv-3.13 PYTHON=python3.13` runs the tests on another interpreter.
+VENV := .venv
+STAMP := $(VENV)/complete
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format lock ci
+.PHONY: help demo test gauntlet lint format lock ci
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
 
 demo: $(STAMP) ## the whole product on invented messages; ARGS=--once runs a scripted tour and ends
-	@.venv/bin/wa-monitor demo $(ARGS)
+	@$(VENV)/bin/wa-monitor demo $(ARGS)
 
 test: $(STAMP) ## all tests; ARGS goes to pytest, e.g. ARGS="-k embedded"
-	@.venv/bin/python $(RUN) -m pytest --numprocesses=$(WORKERS) $(ARGS)
+	@$(VENV)/bin/python $(RUN) -m pytest --numprocesses=$(WORKERS) $(ARGS)
+
+gauntlet: $(STAMP) ## stale bytecode and proof on every supported interpreter of this machine; ARGS=--others leaves out ours
+	@bash .ci/gauntlet $(ARGS)
 
 lint: $(STAMP) ## style, format, types, import contracts, the lock
-	@.venv/bin/ruff check
-	@.venv/bin/ruff format --check
-	@.venv/bin/mypy
-	@.venv/bin/lint-imports
-	@.venv/bin/python .ci/check_lock.py
+	@$(VENV)/bin/ruff check
+	@$(VENV)/bin/ruff format --check
+	@$(VENV)/bin/mypy
+	@$(VENV)/bin/lint-imports
+	@$(VENV)/bin/python .ci/check_lock.py
 
 format: $(STAMP) ## rewrite the sources as `make lint` wants them
-	@.venv/bin/ruff check --fix --quiet || true
-	@.venv/bin/ruff format
+	@$(VENV)/bin/ruff check --fix --quiet || true
+	@$(VENV)/bin/ruff format
 
 lock: ## rewrite requirements.lock after a change of pyproject.toml; ARGS=--upgrade for new releases
 	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && \
@@ -53,9 +58,9 @@ $(STAMP): pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		echo "wa-monitor needs Python 3.11 or newer and '$(PYTHON)' is none: use make PYTHON=/path/to/python3" >&2; \
 		exit 1; }
-	@echo "building the environment .venv (once, about a minute)"
-	@rm -rf .venv
-	@$(PYTHON) -m venv .venv
-	@.venv/bin/python -m pip install -qq --disable-pip-version-check --require-hashes -r requirements.lock
-	@.venv/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@echo "building the environment $(VENV) (once, about a minute)"
+	@rm -rf $(VENV)
+	@$(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check --require-hashes -r requirements.lock
+	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $(STAMP)

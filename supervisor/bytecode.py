@@ -48,8 +48,10 @@ class BytecodeReport:
             None if all is well.
         purged: absolute paths of the bytecode files that were removed.
         compiled_total: how many were written.
-        unwritable: absolute paths that could be neither removed nor written: other processes may read stale
-            bytecode.
+        unwritable: absolute paths that could not be removed or written, although they should have been.
+        stale: those of them that other processes may run although they are not their sources' code, with the
+            path of the source.
+        swept: every cache directory of the tree was looked at, so that nothing else is unwritable.
         prints: absolute path of each source to the prints of its code objects, and their qualified names.
         passing: the error says nothing about the tree: the machine could not run the helper just now.
     """
@@ -58,6 +60,8 @@ class BytecodeReport:
     purged: tuple[str, ...] = ()
     compiled_total: int = 0
     unwritable: tuple[str, ...] = ()
+    stale: Mapping[str, str] = field(default_factory=dict)
+    swept: bool = False
     passing: bool = False
     prints: Mapping[str, Mapping[str, str]] = field(default_factory=dict, compare=False)
 
@@ -70,11 +74,17 @@ class CompileJob:
         output: non-blocking descriptor of what it writes. It is closed with the last reference to the job and
             not earlier: its number may not go to another file while the main loop still waits on it.
         request: the file it reads, removed at the end.
-        deadline: monotonic time after which it is killed.
+        deadline: monotonic time after which it is to be killed.
+        paths: relative paths of the sources, deleted ones included, whose bytecode it works on.
     """
 
     def __init__(
-        self, process: subprocess.Popen[bytes] | str, output: int, request: Path, deadline: float
+        self,
+        process: subprocess.Popen[bytes] | str,
+        output: int,
+        request: Path,
+        deadline: float,
+        paths: frozenset[str],
     ) -> None:
         self._process = process
         self._output = output
@@ -82,6 +92,7 @@ class CompileJob:
         self._request = request
         self._received = bytearray()
         self.deadline = deadline
+        self.paths = paths
 
     def fileno(self) -> int:
         """Return the descriptor to wait on for reading."""
@@ -102,23 +113,42 @@ class CompileJob:
 
     def cancel(self) -> None:
         """Kill the helper; what it had written to disk so far is checked-hash bytecode and harms nobody."""
+        self._kill()
+        self._close()
+
+    def expire(self) -> BytecodeReport:
+        """Kill the helper because its time is up, and return the report that it did not make."""
+        self._kill()
+        place = self._place()
+        self._close()
+        return BytecodeReport(f"{place}the compile helper was not done after {DEADLINE_SECONDS:g} s")
+
+    def _kill(self) -> None:
         if not isinstance(self._process, str):
             self._process.kill()
-        self._close()
+
+    def _place(self) -> str:
+        """Return the path of the source that the helper is at, for the beginning of a sentence."""
+        try:
+            path, _, _ = self._request.read_bytes().partition(b"\0")
+        except OSError:
+            return ""
+        return f"{os.fsdecode(path)}: " if path.startswith(b"/") else ""
 
     def _killed_or_not_started(self) -> bool:
         return isinstance(self._process, str) or self._process.returncode == -signal.SIGKILL
 
     def _close(self) -> str:
         """Free what was held and say how the helper ended."""
+        place = self._place()
         self._request.unlink(missing_ok=True)
         if isinstance(self._process, str):
             return self._process
         code = self._process.wait()  # It has closed its output or was killed: this takes no time.
         if code == -signal.SIGXCPU:
-            return f"compiling the tree took more than {DEADLINE_SECONDS:g} s of processor time"
+            return f"{place}compiling the tree took more than {DEADLINE_SECONDS:g} s of processor time"
         how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
-        return f"the compile helper ended {how} before it was done"
+        return f"{place}the compile helper ended {how} before it was done"
 
 
 def start(
@@ -131,6 +161,7 @@ def start(
     environment: Mapping[str, str],
     sweep: bool,
     now: float,
+    again: Collection[str] = (),
 ) -> CompileJob:
     """Start purging and compiling what differs between two manifests.
 
@@ -145,9 +176,10 @@ def start(
         sweep: compile all, and look at every cache directory of the tree, not only at those of changed
             sources.
         now: monotonic time.
+        again: relative paths of sources whose bytecode was not left as it should be.
     """
-    changed = before.changes(after) if before and not sweep else tuple(after.sources)
-    gone = before.sources.keys() - after.sources.keys() if before else ()
+    changed = after.sources.keys() if before is None or sweep else {*before.changes(after), *again}
+    gone = ((before.sources.keys() if before else set()) | set(again)) - after.sources.keys()
     file = scratch / f"compile-{after.digest[:16]}.json"
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
@@ -177,7 +209,7 @@ def start(
         process = str(error)
     finally:
         os.close(writer)
-    return CompileJob(process, reader, file, now + DEADLINE_SECONDS)
+    return CompileJob(process, reader, file, now + DEADLINE_SECONDS, frozenset(changed | gone))
 
 
 def _environment(children: Mapping[str, str]) -> dict[str, str]:
@@ -213,5 +245,7 @@ def _report(body: dict[str, object]) -> BytecodeReport:
         tuple(body["purged"]),  # type: ignore[arg-type]
         int(body["compiled_total"]),  # type: ignore[call-overload]
         tuple(body["unwritable"]),  # type: ignore[arg-type]
+        body["stale"],  # type: ignore[arg-type]
+        bool(body["swept"]),
         prints=body["prints"],  # type: ignore[arg-type]
     )

@@ -117,6 +117,8 @@ class Fleet:
         self._notify_socket = notify_socket
         self._output = output
         self._helpers = helpers
+        # By its name: the folder may be removed and made anew, and ours would be the removed one.
+        self._directory = Path.cwd()
         self._running: dict[int, Running] = {}
         self._endings: dict[int, Ending] = {}
         self._kills = ends.OutOfMemoryKills()
@@ -142,6 +144,7 @@ class Fleet:
             blobs=self._blobs,
             target=self._target,
             environment=self._environment(number, manifest.digest),
+            directory=self._directory,
         )
         with self._output.attach(number) as pipes:
             child = launch.launch(request, pipes.stdout, pipes.stderr)

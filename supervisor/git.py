@@ -12,6 +12,7 @@ Source: gitrepository-layout(5).
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import re
@@ -26,6 +27,7 @@ STALE_LOCK_SECONDS = 60.0
 
 _MAX_LINKS = 5
 _MAX_REFERENCE_BYTES = 4096
+_MAX_INDEX_BYTES = 256 * 1024**2
 _COMMIT = re.compile(r"[0-9a-f]{40}(?:[0-9a-f]{24})?")
 
 
@@ -35,9 +37,11 @@ class Repository:
 
     Attributes:
         directory: the one that holds ``HEAD`` and ``index`` (of the worktree, where there are several).
+        worktree: the folder whose files it tracks.
     """
 
     directory: Path
+    worktree: Path
 
     def commit(self) -> str | None:
         """Return the full name of the commit that HEAD stands at.
@@ -54,6 +58,22 @@ class Repository:
             value = _read(self.directory / name) or _read(shared / name) or _packed(shared, name)
         return value if value is not None and _COMMIT.fullmatch(value) else None
 
+    def index(self) -> bytes | None:
+        """Return the index, which names all tracked files; None where there is none yet.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        path = self.directory / "index"
+        try:
+            with open(path, "rb", opener=_open_without_waiting) as file:
+                content = file.read(_MAX_INDEX_BYTES + 1)
+        except FileNotFoundError:
+            return None
+        if len(content) > _MAX_INDEX_BYTES:
+            raise OSError(errno.EFBIG, "it is larger than any index", str(path))
+        return content
+
     def is_changing(self) -> bool:
         """Whether a running git holds the index: its checkout is not complete."""
         try:
@@ -69,11 +89,21 @@ def find(start: Path) -> Repository | None:
     real = start.resolve()
     for folder in (start, *start.parents, real, *real.parents):
         mark = folder / ".git"
-        if (mark / "HEAD").is_file() or (mark / "HEAD").is_symlink():
-            return Repository(mark)
+        if _holds_head(mark):
+            return Repository(mark, folder)
         if (text := _read(mark)) is not None and text.startswith("gitdir: "):
-            return Repository((folder / text.removeprefix("gitdir: ")).resolve())
+            return Repository((folder / text.removeprefix("gitdir: ")).resolve(), folder)
     return None
+
+
+def _holds_head(directory: Path) -> bool:
+    try:
+        (directory / "HEAD").lstat()
+    except PermissionError:
+        return True  # Somebody's private repository; what it says cannot be known.
+    except OSError:
+        return False
+    return True
 
 
 def _read(path: Path, size: int = _MAX_REFERENCE_BYTES) -> str | None:

@@ -57,6 +57,7 @@ class LaunchRequest:
         blobs: directory of the pinned sources.
         target: what to run.
         environment: the child's whole environment.
+        directory: the child's working directory; None for ours.
     """
 
     generation: int
@@ -65,6 +66,7 @@ class LaunchRequest:
     blobs: Path
     target: Target
     environment: Mapping[str, str]
+    directory: Path | None = None
 
 
 @dataclass
@@ -165,6 +167,7 @@ def launch(request: LaunchRequest) -> Child:
             [sys.executable, str(_BOOTSTRAP), str(theirs.fileno())],
             stdin=subprocess.DEVNULL,
             env=dict(request.environment),
+            cwd=request.directory,
             pass_fds=(theirs.fileno(),),
             start_new_session=True,
         )

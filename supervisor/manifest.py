@@ -14,7 +14,9 @@ Paths are relative to the common parent of the roots, so that one value describe
 environments, ``.git``, ``node_modules`` and ``__pycache__`` belong to nobody's tree. A directory that links
 lead to belongs to the tree under each of its names, because the program may import it under any of them.
 
-No look at the tree can block: what is not a regular file (a pipe, a device) is never opened for its content.
+No look at the tree can block: what is not a regular file (a pipe, a device) or is too large for a source is
+never read. It is an error, and so is a root that is not there: nothing is known about the tree then, and
+whoever has last seen it keeps what they know.
 
 Rejected: comparing mtimes for "newer" (misses restored backups and roll-backs), watchdog's directory
 snapshots (they compare mtimes), hashing everything on each scan (31 MB cost a third of a second), taking each
@@ -56,8 +58,11 @@ _MAX_LINKS_IN_PATH = 3
 """Links to directories that one path may go through; without a bound, twelve directories that link to each
 other have more names than can be listed."""
 
-_LEADS_NOWHERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
-"""Deleted since it was listed, or a link that leads nowhere or in a circle: nothing that can be imported."""
+_LEADS_NOWHERE = frozenset({errno.ENOENT, errno.ENOTDIR})
+"""Deleted since it was listed, or a link that leads nowhere: nothing that can be imported."""
+
+_MAX_SOURCE_BYTES = 32 * 1024**2
+"""What is larger is no source, whatever its name, and reading it would hold the main loop."""
 
 StatTuple = tuple[int, int, int, int, int]
 
@@ -80,8 +85,7 @@ class Tree:
     def files(self) -> Iterator[tuple[str, str]]:
         """Yield (relative path, absolute path) of every source, in no particular order.
 
-        Links to directories are followed, except into one that encloses the link. A root that does not
-        exist yields nothing: it may come back, and until then the manifest is short, which is a change.
+        Links to directories are followed, except into one that encloses the link.
 
         Raises:
             SourceError: a root cannot be listed.
@@ -204,6 +208,8 @@ def scan(
         sources[relative] = _keep(keep, content, path)
         if _is_trusted(taken, clock_ns()):
             stats[relative] = taken
+    for relative in sorted(digests.keys() - sources.keys()):
+        _look(os.path.join(tree.base, relative))  # It was a source: now it is gone, or an error.
     unchanged = previous is not None and sources == previous.manifest.sources
     manifest = previous.manifest if unchanged and previous else Manifest.of(tree, sources)
     return Snapshot(manifest, stats)
@@ -230,9 +236,16 @@ def _look(path: str) -> os.stat_result | None:
         if error.errno in _LEADS_NOWHERE:
             return None
         raise SourceError(path, error.strerror or str(error)) from error
-    if not stat.S_ISREG(facts.st_mode):
-        raise SourceError(path, "it is not a regular file", "move it out of the watched tree")
+    _refuse_what_is_no_source(facts, path)
     return facts
+
+
+def _refuse_what_is_no_source(facts: os.stat_result, path: str) -> None:
+    remedy = "move it out of the watched tree"
+    if not stat.S_ISREG(facts.st_mode):
+        raise SourceError(path, "it is not a regular file", remedy)
+    if facts.st_size > _MAX_SOURCE_BYTES:
+        raise SourceError(path, f"it has {facts.st_size} bytes, which is too large for a source", remedy)
 
 
 def _read(path: str) -> tuple[bytes, StatTuple] | None:
@@ -242,9 +255,8 @@ def _read(path: str) -> tuple[bytes, StatTuple] | None:
             # What was a file a moment ago may be a pipe by now, and opening one would block.
             with open(path, "rb", opener=_open_without_waiting) as file:
                 before = os.fstat(file.fileno())
-                if not stat.S_ISREG(before.st_mode):
-                    raise SourceError(path, "it is not a regular file", "move it out of the watched tree")
-                content = file.read()
+                _refuse_what_is_no_source(before, path)
+                content = file.read(before.st_size)
                 after = os.fstat(file.fileno())
         except OSError as error:
             if error.errno in _LEADS_NOWHERE:
@@ -324,9 +336,13 @@ def _list(place: _Place, *, is_root: bool) -> _Listing | None:
             names = {entry.name: entry for entry in entries}
     except OSError as error:
         # The importer finds nothing in a directory that it may not list, and neither do we: a service does
-        # not need its neighbour's private data folder. A root that may not be listed is a mistake.
-        if error.errno in _LEADS_NOWHERE or (isinstance(error, PermissionError) and not is_root):
+        # not need its neighbour's private data folder (one that held sources is another matter). A root that
+        # may not be listed is a mistake; one that is not there may come back, and is no reason to take its
+        # code for deleted.
+        if not is_root and (error.errno in _LEADS_NOWHERE or isinstance(error, PermissionError)):
             return None
+        if error.errno in _LEADS_NOWHERE:
+            raise SourceError(place.path, error.strerror or str(error), "put it back") from error
         raise SourceError(place.path, error.strerror or str(error)) from error
     if VENV_MARKER in names:
         if not is_root:

@@ -126,9 +126,10 @@ class SupervisorMetrics:
             "downtime_seconds", "Time without a live child since the first one went live."
         )
         self.rollbacks = counter("rollbacks", "Returns to an earlier tree after a new one had failed.")
-        self.pyc_purged = counter("pyc_purged", "Stale bytecode files removed.")
+        self.pyc_purged = counter("pyc_purged", "Bytecode files removed: stale ones, and others than ours.")
         self.bytecode_writable = gauge(
-            "bytecode_writable", "0 if stale bytecode of the tree could not be replaced."
+            "bytecode_writable",
+            "0 if bytecode of the tree could not be written or removed.",
         )
         self.compile_errors = counter("compile_errors", "Trees rejected because a source does not compile.")
         self.watch_mode = gauge("watch_mode", "1 for the way in which changes are noticed now.", ("mode",))

@@ -207,6 +207,8 @@ class Pipeline:
         self._pending: _Pending | None = None
         self._build: _Build | None = None
         self._compiled: Manifest | None = None
+        self._again: set[str] = set()
+        """Relative paths of sources whose bytecode was not left as it should be."""
         self._judged: str | None = None
         self._unreadable = False
         self.prints: dict[str, Mapping[str, str]] = {}
@@ -326,10 +328,8 @@ class Pipeline:
             Whether a look at the disk has just shown that it is what is live.
         """
         if self._build is not None and self._build.job.deadline <= now:
-            self._build.job.cancel()
-            self.compiled(
-                BytecodeReport(f"the compile helper was not done after {bytecode.DEADLINE_SECONDS:g} s"), now
-            )
+            self._again |= self._build.job.paths
+            self.compiled(self._build.job.expire(), now)
         pending = self._pending
         if pending is None or pending.waits or pending.due_at(self.quiet_seconds) > now:
             return False
@@ -354,13 +354,12 @@ class Pipeline:
 
     def _look(self, pending: _Pending, now: float) -> Manifest | None:
         """Stage *manifest*: find out what is on disk; None if it cannot be read."""
-        base = self._tree.base
         try:
             self._snapshot = manifest.scan(
                 self._tree,
                 None if pending.whole else self._snapshot,
                 self._blobs.put,
-                doubtful={os.path.relpath(path, base).replace(os.sep, "/") for path in pending.dirty},
+                doubtful={self._relative(path) for path in pending.dirty},
             )
         except SourceError as error:
             self.problem, self._unreadable = str(error), True
@@ -431,6 +430,7 @@ class Pipeline:
             environment=self._environment,
             sweep=sweep,
             now=now,
+            again=self._again,
         )
         self._build = _Build(reload, found, job)
 
@@ -449,6 +449,7 @@ class Pipeline:
             self.problem = report.error
             self._end(build.reload, "rejected", "syntax", report.error)
             return None
+        self._again = {self._relative(source) for source in report.stale.values()}
         if build.reload.tree == build.reload.previous_tree and not build.reload.renew:
             self._end(build.reload, "unchanged")
             return None
@@ -476,6 +477,7 @@ class Pipeline:
         build = self._build
         if build is not None:
             build.job.cancel()
+            self._again |= build.job.paths
             self._build = None
             newer.on_finish += build.reload.on_finish
             build.reload.on_finish = []
@@ -502,6 +504,9 @@ class Pipeline:
         """Note that a generation of this tree did not become live."""
         if self.disk is not None and self.disk.digest == tree:
             self.problem = why
+
+    def _relative(self, path: str) -> str:
+        return os.path.relpath(path, self._tree.base).replace(os.sep, "/")
 
     def forget(self, keep: Collection[Manifest]) -> None:
         """Forget the prints of sources that none of these manifests has."""

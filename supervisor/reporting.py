@@ -23,6 +23,7 @@ from supervisor.status import sentence, status_document
 log = logging.getLogger("wa-supervisor")
 
 _SHORT_DIGEST = 12
+_SHOWN_PATHS = 100
 
 
 class Reporting:
@@ -38,7 +39,9 @@ class Reporting:
         self._notifier = notifier
         self._sampler = ProcessSampler(metrics)
         self._last_reload: Reload | None = None
-        self._unwritable: Sequence[str] = ()
+        self._purged: Sequence[str] = ()
+        self._stale: Sequence[str] = ()
+        self._unwritable: frozenset[str] = frozenset()
         self._setting_problem: str | None = None
         self._in_sync_since: float | None = None
         self._down_since: float | None = None
@@ -58,19 +61,24 @@ class Reporting:
 
     def bytecode(self, report: BytecodeReport) -> None:
         """Tell of what the compile helper did."""
+        self._purged = report.purged
         self._metrics.pyc_purged.inc(len(report.purged))
         if report.purged:
             log.info("purged %d stale bytecode files: %s", len(report.purged), shorten(report.purged))
         if report.error is not None:
             self._metrics.compile_errors.inc()
             return
-        self._unwritable = report.unwritable
-        self._metrics.bytecode_writable.set(not report.unwritable)
-        if report.unwritable:
+        before = frozenset() if report.swept else self._unwritable
+        self._unwritable = before.union(report.unwritable)
+        self._metrics.bytecode_writable.set(not self._unwritable)
+        self._stale = sorted(report.stale)
+        if report.stale:
             log.warning(
                 "bytecode is not writable, OTHER processes may run stale code (ours cannot): %s",
-                shorten(report.unwritable),
+                shorten(report.stale),
             )
+        elif report.unwritable:
+            log.warning("bytecode is not writable; none of it is stale: %s", shorten(report.unwritable))
 
     def restarting(self, action: Restarting) -> None:
         """Tell of a live child that is to be replaced because of a fault."""
@@ -153,10 +161,16 @@ class Reporting:
             watch=watch,
             git=git,
             busy=busy,
-            unwritable=self._unwritable,
             quarantine=quarantine,
             converge_seconds=converge_seconds,
             problems=(*disk_problems, *([self._setting_problem] if self._setting_problem else ())),
+            bytecode={
+                "writable": not self._unwritable,
+                "stale": self._stale[:_SHOWN_PATHS],
+                "stale_total": len(self._stale),
+                "purged": self._purged[:_SHOWN_PATHS],
+                "purged_total": len(self._purged),
+            },
         )
 
     def _set_gauges(

@@ -7,7 +7,7 @@ Everything else has a reason in words. Functions of what is passed in; the JSON 
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from supervisor.fleet import Running
@@ -75,10 +75,10 @@ def status_document(
     watch: Mapping[str, Any],
     git: Mapping[str, Any] | None,
     busy: bool,
-    unwritable: Sequence[str],
     quarantine: Sequence[Mapping[str, Any]],
     converge_seconds: float,
     problems: Sequence[str],
+    bytecode: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return the document of ``status --json``."""
     candidate = state.candidate
@@ -111,7 +111,7 @@ def status_document(
         "restarts": {cause: int(count) for cause, count in restarts.items()},
         "watch": dict(watch),
         "git": git,
-        "bytecode": {"writable": not unwritable, "unwritable": list(unwritable)},
+        "bytecode": dict(bytecode),
     }
 
 

@@ -145,9 +145,9 @@ def _status_rows(document: dict[str, Any]) -> list[tuple[str, str]]:
     rows.append(("watch", f"{watch['mode']}, last scan {watch['last_scan_age_seconds']:.1f} s ago"))
     if document["git"]:
         rows.append(("commit", document["git"]["commit"] or "none yet"))
-    unwritable = document["bytecode"]["unwritable"]
-    if unwritable:
-        stale = f"[yellow]not writable[/]: {len(unwritable)} files; other processes may run stale code"
-        rows.append(("bytecode", stale))
+    if not document["bytecode"]["writable"]:
+        total, shown = document["bytecode"]["stale_total"], document["bytecode"]["stale"][:_SHOWN_PATHS]
+        stale = f"{total} stale file(s) that other processes may run: {', '.join(shown)}"
+        rows.append(("bytecode", f"[yellow]not writable[/]: {escape(stale) if total else 'none is stale'}"))
     rows.append(("metrics", f"http://{document['listen']}/metrics"))
     return rows

@@ -8,6 +8,7 @@ import py_compile
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -57,6 +58,10 @@ cli.main()
 """
 """The supervisor, with somebody who saves a file at the one moment between two of its stages."""
 
+TIMESTAMP = PycInvalidationMode.TIMESTAMP
+CHECKED = PycInvalidationMode.CHECKED_HASH
+UNCHECKED = PycInvalidationMode.UNCHECKED_HASH
+
 _SECOND_NS = 1_000_000_000
 _DROPPED = "-dac_override,-dac_read_search"
 
@@ -79,12 +84,14 @@ class Bench:
         root: of the tree.
         outside: the folder beside it.
         environment: of the supervisor and of plain Python.
+        flags: of plain Python.
         held: a file that somebody is still writing.
     """
 
     root: Path
     outside: Path
     environment: dict[str, str] = field(default_factory=dict)
+    flags: tuple[str, ...] = ()
     held: BinaryIO | None = None
 
     @property
@@ -98,6 +105,13 @@ class Bench:
         return self.root / "modules" / "answer" / "__init__.py"
 
     @property
+    def bytecode(self) -> Path:
+        """Where the importer of a process with our environment looks for bytecode of that file."""
+        usual = cached(self.source)
+        prefix = self.environment.get("PYTHONPYCACHEPREFIX")
+        return Path(prefix, *self.source.parent.parts[1:], usual.name) if prefix else usual
+
+    @property
     def gate(self) -> Path:
         """The pipe that the import of :data:`WAITING` waits at."""
         return self.outside / "gate"
@@ -108,16 +122,12 @@ class Bench:
         return self.outside / "armed"
 
     @classmethod
-    def make(cls, folder: Path, environment: Mapping[str, str]) -> Bench:
+    def make(cls, folder: Path, environment: Mapping[str, str], flags: tuple[str, ...] = ()) -> Bench:
         """Make the tree, which says ``old``; ``{outside}`` in the environment is the folder beside it."""
-        bench = cls(folder / "tree", folder / "outside")
-        bench.source.parent.mkdir(parents=True)
+        bench = cls(folder / "tree", folder / "outside", flags=flags)
         bench.armed.mkdir(parents=True)
         os.mkfifo(bench.gate)
-        (bench.root / "main.py").write_text(MAIN, encoding="utf-8")
-        bench.source.write_bytes(OLD)
-        # A folder that is left with bytecode alone goes with its last source.
-        bench.source.with_name("neighbour.py").touch()
+        bench.fill(OLD)
         bench.environment |= {
             "GAUNTLET_GATE": str(bench.gate),
             "GAUNTLET_ARMED": str(bench.armed),
@@ -126,11 +136,19 @@ class Bench:
         bench.environment |= {name: text.format(outside=bench.outside) for name, text in environment.items()}
         return bench
 
-    def plain(self) -> str:
-        """Return what plain Python runs here."""
+    def fill(self, content: bytes) -> None:
+        """Write all that the tree consists of."""
+        self.source.parent.mkdir(parents=True)
+        (self.root / "main.py").write_text(MAIN, encoding="utf-8")
+        self.source.write_bytes(content)
+        # A folder that is left with bytecode alone goes with its last source.
+        self.source.with_name("neighbour.py").touch()
+
+    def plain(self, *how: str) -> str:
+        """Return what plain Python runs here, as a script or in the way that is given."""
         assert "PYTHONDONTWRITEBYTECODE" not in os.environ, "void: without bytecode nothing can be stale"
         done = subprocess.run(
-            [sys.executable, "main.py"],
+            [sys.executable, *self.flags, *(how or ("main.py",))],
             cwd=self.root,
             env=os.environ | self.environment,
             capture_output=True,
@@ -139,6 +157,10 @@ class Bench:
         )
         assert done.returncode == 0, done.stderr
         return done.stdout.strip().removeprefix("running ")
+
+    def everywhere(self) -> set[str]:
+        """Return what plain Python runs here, in every way to start it."""
+        return {self.plain(), self.plain("-m", "main")}
 
     def overtake(self) -> None:
         """Save the newest version, as an editor does that renames."""
@@ -178,7 +200,7 @@ def planted(content: bytes) -> Edit:
     """Write, over bytecode of the old source that nobody checks."""
 
     def edit(bench: Bench) -> None:
-        cache(bench, PycInvalidationMode.UNCHECKED_HASH)
+        cache(bench, UNCHECKED)
         bench.source.write_bytes(content)
 
     return edit
@@ -199,38 +221,42 @@ def back_in_time(bench: Bench) -> None:
     os.utime(bench.source, ns=(hour_ago, hour_ago))
 
 
-def under_the_prefix(bench: Bench) -> None:
-    usual = cached(bench.source)
-    prefix = bench.environment["PYTHONPYCACHEPREFIX"]
-    moved = Path(prefix, *bench.source.parent.parts[1:], usual.name)
-    py_compile.compile(
-        str(bench.source),
-        cfile=str(moved),
-        doraise=True,
-        invalidation_mode=PycInvalidationMode.UNCHECKED_HASH,
-    )
-    bench.source.write_bytes(NEW)
+def under_the_prefix(mode: PycInvalidationMode) -> Edit:
+    """Bytecode of the old source where ``PYTHONPYCACHEPREFIX`` leads, under a header that is trusted."""
+
+    def edit(bench: Bench) -> None:
+        py_compile.compile(str(bench.source), str(bench.bytecode), doraise=True, invalidation_mode=mode)
+        bench.source.write_bytes(NEW)
+        make_trusted(bench.bytecode, bench.source)
+
+    return edit
 
 
-def tampered_by_time(bench: Bench) -> None:
-    """Bytecode with the time and the size of the new source, and the code of the old one."""
-    cache(bench)
-    body = cached(bench.source).read_bytes()[16:]
-    bench.source.write_bytes(NEW)
-    facts = bench.source.stat()
-    fields = (0, int(facts.st_mtime), facts.st_size)
-    header = importlib.util.MAGIC_NUMBER + b"".join(number.to_bytes(4, "little") for number in fields)
-    cached(bench.source).write_bytes(header + body)
+def tampered(mode: PycInvalidationMode, optimize: int = 0) -> Edit:
+    """Bytecode with the code of the old source and a header that is right for the new one."""
+
+    def edit(bench: Bench) -> None:
+        written = py_compile.compile(
+            str(bench.source), optimize=optimize, doraise=True, invalidation_mode=mode
+        )
+        assert written is not None
+        bench.source.write_bytes(NEW)
+        make_trusted(Path(written), bench.source)
+
+    return edit
 
 
-def tampered_by_hash(bench: Bench) -> None:
-    """Bytecode with the hash of the new source, and the code of the old one."""
-    cache(bench, PycInvalidationMode.CHECKED_HASH)
-    body = cached(bench.source).read_bytes()[16:]
-    bench.source.write_bytes(NEW)
-    flags = (0b11).to_bytes(4, "little")
-    header = importlib.util.MAGIC_NUMBER + flags + importlib.util.source_hash(NEW)
-    cached(bench.source).write_bytes(header + body)
+def make_trusted(bytecode: Path, source: Path) -> None:
+    """Give bytecode the header that the importer wants to see; an unchecked one stays as it is."""
+    content = bytecode.read_bytes()
+    facts = source.stat()
+    expected = {
+        0b00: b"".join(number.to_bytes(4, "little") for number in (int(facts.st_mtime), facts.st_size)),
+        0b01: content[8:16],
+        0b11: importlib.util.source_hash(source.read_bytes()),
+    }
+    flags = int.from_bytes(content[4:8], "little")
+    bytecode.write_bytes(content[:8] + expected[flags] + content[16:])
 
 
 def overtaken_py_compile(bench: Bench) -> None:
@@ -268,6 +294,12 @@ def becomes_a_module_again(bench: Bench) -> None:
     py_compile.compile(str(bench.package), doraise=True)
     bench.package.unlink()
     bench.source.write_bytes(value("back"))
+
+
+def package_left_with_bytecode_alone(bench: Bench) -> None:
+    """What is left is still importable, as a namespace package without content."""
+    py_compile.compile(str(bench.package), doraise=True)
+    bench.package.unlink()
 
 
 def renamed_over(bench: Bench) -> None:
@@ -317,17 +349,69 @@ def readable(bench: Bench) -> None:
     bench.source.chmod(0o644)
 
 
+def folder_unreadable(bench: Bench) -> None:
+    bench.source.write_bytes(NEW)
+    bench.source.parent.chmod(0)
+
+
+def folder_readable(bench: Bench) -> None:
+    bench.source.parent.chmod(0o755)
+
+
 def becomes_a_pipe(bench: Bench) -> None:
     bench.source.unlink()
     os.mkfifo(bench.source)
 
 
-def becomes_a_file(bench: Bench) -> None:
+def becomes_a_socket(bench: Bench) -> None:
+    short = os.open(bench.source.parent, os.O_RDONLY)  # The path of a socket must not be long.
+    with socket.socket(socket.AF_UNIX) as server:
+        bench.source.unlink()
+        server.bind(f"/proc/self/fd/{short}/{bench.source.name}")
+    os.close(short)
+
+
+def becomes_a_circle_of_links(bench: Bench) -> None:
     bench.source.unlink()
+    bench.source.symlink_to("other.py")
+    bench.source.with_name("other.py").symlink_to(bench.source.name)
+
+
+def becomes_a_terabyte(bench: Bench) -> None:
+    os.truncate(bench.source, 1 << 40)
+
+
+def becomes_a_file(bench: Bench) -> None:
+    if bench.source.is_dir():
+        bench.source.rmdir()
+    bench.source.unlink(missing_ok=True)
+    bench.source.with_name("other.py").unlink(missing_ok=True)
     bench.source.write_bytes(NEW)
 
 
-def cache(bench: Bench, mode: PycInvalidationMode = PycInvalidationMode.TIMESTAMP) -> None:
+def becomes_a_directory(bench: Bench) -> None:
+    bench.source.unlink()
+    bench.source.mkdir()
+
+
+def links_all_around(bench: Bench) -> None:
+    """Links that enclose themselves, each other and the whole tree, beside an edit."""
+    for name, target in (("self", "self"), ("here", "."), ("up", ".."), ("to", "fro"), ("fro", "to")):
+        bench.source.with_name(name).symlink_to(target)
+    unseen(NEW)(bench)
+
+
+def root_gone(bench: Bench) -> None:
+    bench.root.rename(bench.outside / "away")
+
+
+def root_made_anew(bench: Bench) -> None:
+    """Whoever still stands in the old folder stands in none now."""
+    shutil.rmtree(bench.outside / "away")
+    bench.fill(NEW)
+
+
+def cache(bench: Bench, mode: PycInvalidationMode = TIMESTAMP) -> None:
     """Write the bytecode that another process would, from the source as it is."""
     py_compile.compile(str(bench.source), doraise=True, invalidation_mode=mode)
 

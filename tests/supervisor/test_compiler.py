@@ -10,6 +10,7 @@ import json
 import os
 import py_compile
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,14 +19,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from supervisor import bytecode, compiler
+from supervisor import bytecode, compiler, pyc
 from supervisor.blobs import BlobStore
 from supervisor.bytecode import BytecodeReport, CompileJob
 from supervisor.manifest import Manifest, Tree, scan
-from tests.supervisor.helpers_edges import folder_for_everybody, run_unprivileged
+from tests.supervisor.helpers_edges import folder_for_everybody, run_git, run_unprivileged
 
 OLD, NEW = "print('old')\n", "print('new')\n"
 DEADLINE_SECONDS = 30.0
@@ -96,6 +98,10 @@ def workshop(tmp_path: Path) -> Workshop:
     return Workshop(tmp_path / "tree", BlobStore(tmp_path / "state"), tmp_path / "run")
 
 
+def helper(sources: dict[str, str], root: Path) -> compiler.Helper:
+    return compiler.Helper(sources=sources, removed=[], directories=[], roots=[str(root)])
+
+
 def cached(source: Path, optimization: str = "") -> Path:
     return Path(importlib.util.cache_from_source(str(source), optimization=optimization))
 
@@ -111,6 +117,9 @@ def edit_unseen(source: Path) -> None:
 # --- the gauntlet -----------------------------------------------------------------------------------------
 
 IMPORT = ("-c", "import m")
+TIMESTAMP = py_compile.PycInvalidationMode.TIMESTAMP
+CHECKED = py_compile.PycInvalidationMode.CHECKED_HASH
+UNCHECKED = py_compile.PycInvalidationMode.UNCHECKED_HASH
 CACHED = (str(cached(Path("m.py"))),)
 NO_FILE = "[Errno 2] No such file or directory"
 GONE = "ModuleNotFoundError: No module named 'm'"
@@ -131,20 +140,32 @@ def timestamp(_: Workshop, source: Path) -> None:
 
 
 def make_stale_by_time(source: Path) -> None:
-    py_compile.compile(str(source), invalidation_mode=py_compile.PycInvalidationMode.TIMESTAMP)
+    py_compile.compile(str(source), invalidation_mode=TIMESTAMP)
     edit_unseen(source)
 
 
 def optimized(_: Workshop, source: Path) -> None:
     for level in (1, 2):
-        py_compile.compile(
-            str(source), optimize=level, invalidation_mode=py_compile.PycInvalidationMode.TIMESTAMP
-        )
+        py_compile.compile(str(source), optimize=level, invalidation_mode=TIMESTAMP)
     edit_unseen(source)
 
 
+def tampered(*, optimize: int, mode: py_compile.PycInvalidationMode) -> Callable[[Workshop, Path], None]:
+    """Bytecode whose header is right for the source and whose code is not."""
+
+    def make(_: Workshop, source: Path) -> None:
+        compiled = py_compile.compile(str(source), optimize=optimize, invalidation_mode=mode)
+        assert compiled is not None
+        body = Path(compiled).read_bytes()[16:]
+        edit_unseen(source)
+        py_compile.compile(str(source), optimize=optimize, invalidation_mode=mode)
+        Path(compiled).write_bytes(Path(compiled).read_bytes()[:16] + body)
+
+    return make
+
+
 def unchecked_hash(_: Workshop, source: Path) -> None:
-    py_compile.compile(str(source), invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+    py_compile.compile(str(source), invalidation_mode=UNCHECKED)
     source.write_text(NEW, encoding="utf-8")
 
 
@@ -152,8 +173,7 @@ def unchecked_hash_under_the_prefix(workshop: Workshop, source: Path) -> None:
     prefix = workshop.root.parent / "cache"
     workshop.environment["PYTHONPYCACHEPREFIX"] = str(prefix)
     target = prefix / str(source.parent)[1:] / cached(source).name
-    mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
-    py_compile.compile(str(source), cfile=str(target), invalidation_mode=mode)
+    py_compile.compile(str(source), cfile=str(target), invalidation_mode=UNCHECKED)
     source.write_text(NEW, encoding="utf-8")
 
 
@@ -168,7 +188,7 @@ def orphan_in_the_cache(_: Workshop, source: Path) -> None:
 
 
 def checked_orphan_in_the_cache(_: Workshop, source: Path) -> None:
-    py_compile.compile(str(source), invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH)
+    py_compile.compile(str(source), invalidation_mode=CHECKED)
     source.unlink()
 
 
@@ -183,13 +203,17 @@ def written_while_the_source_was_edited(_: Workshop, source: Path) -> None:
             return content
 
         patch.setattr(SourceFileLoader, "get_data", read_and_be_overtaken)
-        py_compile.compile(str(source), invalidation_mode=py_compile.PycInvalidationMode.TIMESTAMP)
+        py_compile.compile(str(source), invalidation_mode=TIMESTAMP)
 
 
 GAUNTLET = {
     "same size, same mtime": Case(timestamp),
     "same size, same mtime, python -O": Case(optimized, ("-O", *IMPORT)),
     "same size, same mtime, python -OO": Case(optimized, ("-OO", *IMPORT)),
+    "tampered code, right hash": Case(tampered(optimize=0, mode=CHECKED)),
+    "tampered code, right hash, python -O": Case(tampered(optimize=1, mode=CHECKED), ("-O", *IMPORT)),
+    "tampered code, right hash, python -OO": Case(tampered(optimize=2, mode=CHECKED), ("-OO", *IMPORT)),
+    "tampered code, right time": Case(tampered(optimize=0, mode=TIMESTAMP)),
     "unchecked hash": Case(unchecked_hash),
     "unchecked hash under the prefix": Case(unchecked_hash_under_the_prefix),
     "legacy pyc of a deleted source": Case(legacy_beside_a_deleted_source, afterwards=GONE),
@@ -243,16 +267,14 @@ def test_bytecode_that_is_written_never_becomes_stale(
 ) -> None:
     """The source is edited between the helper's reading and its writing."""
     source = workshop.write("m.py")
-    read = SourceFileLoader.get_data
+    write = pyc.write
 
-    def read_and_be_overtaken(self: SourceFileLoader, path: str) -> bytes:
-        content = read(self, path)
+    def be_overtaken_and_write(*arguments: Any) -> None:
         source.write_text(NEW, encoding="utf-8")
-        return content
+        write(*arguments)
 
-    monkeypatch.setattr(SourceFileLoader, "get_data", read_and_be_overtaken)
-    helper = compiler.Helper({str(source): str(source)}, [], [], [str(workshop.root)])
-    assert helper.run()["compiled_total"] == 1
+    monkeypatch.setattr(pyc, "write", be_overtaken_and_write)
+    assert helper({str(source): str(source)}, workshop.root).run()["compiled_total"] == 1
     assert plain_python(*IMPORT, cwd=workshop.root) == "new"
 
 
@@ -277,14 +299,30 @@ def test_pyc_without_a_source_is_a_module_that_is_shipped_so(workshop: Workshop)
     assert plain_python("-c", "import shipped", cwd=workshop.root) == "old"
 
 
-def test_checked_hash_of_another_interpreter_is_kept(workshop: Workshop) -> None:
-    source = workshop.write("m.py")
-    folder = source.parent / "__pycache__"
+def test_bytecode_of_another_interpreter_goes(workshop: Workshop) -> None:
+    """A right hash does not make its code right, and we cannot read it; that interpreter compiles again."""
+    folder = workshop.write("m.py").parent / "__pycache__"
     folder.mkdir()
-    foreign = b"\x01\x02\r\n" + bytes([0b11, 0, 0, 0])
-    (folder / "m.cpython-399.pyc").write_bytes(foreign + b"8 bytes." + b"code")
-    (folder / "m.cpython-398.pyc").write_bytes(foreign[:4] + bytes(4) + b"8 bytes." + b"code")
-    assert workshop.compile().purged == (str(folder / "m.cpython-398.pyc"),)
+    checked = b"\x01\x02\r\n" + bytes([0b11, 0, 0, 0]) + b"8 bytes." + b"code"
+    (folder / "m.cpython-399.pyc").write_bytes(checked)
+    assert workshop.compile().purged == (str(folder / "m.cpython-399.pyc"),)
+
+
+def test_bytecode_of_a_source_that_was_not_judged_is_left(workshop: Workshop) -> None:
+    """It may have come since, or may not be readable: nothing is known about it."""
+    workshop.write("m.py")
+    job_manifest = workshop.manifest()
+    late = workshop.write("late.py")
+    py_compile.compile(str(late), invalidation_mode=TIMESTAMP)
+    report = compiler.Helper(
+        sources={
+            str(workshop.root / "m.py"): str(workshop.blobs.blobs / job_manifest.sources["m.py"]),
+        },
+        removed=[str(late)],
+        directories=[str(workshop.root)],
+        roots=[str(workshop.root)],
+    ).run()
+    assert (report["purged"], cached(late).exists()) == ([], True)
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 15, os.urandom(64)], ids=["empty", "short", "noise"])
@@ -353,21 +391,179 @@ def test_nothing_is_touched_when_a_source_is_no_python(workshop: Workshop) -> No
     assert report.error == f"{bad}, line 1: invalid syntax"
 
 
-def test_folder_that_may_not_be_written_is_reported_and_is_no_failure() -> None:
-    imports = "import json, sys\nfrom supervisor.compiler import Helper"
-    code = "print(json.dumps(Helper({sys.argv[1]: sys.argv[1]}, [], [], []).run()))"
+# --- what cannot be written or removed --------------------------------------------------------------------
+
+IMPORTS = """
+import json, sys
+from supervisor import compiler, tracked
+"""
+RUN = """
+sources, removed = json.loads(sys.argv[1])
+print(json.dumps(compiler.Helper(
+    sources={path: path for path in sources}, removed=removed, directories=[], roots=[]
+).run()))
+"""
+
+
+def run_bound(*, sources: list[Path], removed: list[Path]) -> dict[str, Any]:
+    """Run the helper as somebody whom permission bits bind."""
+    request = json.dumps([[str(path) for path in paths] for paths in (sources, removed)])
+    report: dict[str, Any] = json.loads(run_unprivileged(IMPORTS, RUN, request))
+    return report
+
+
+def not_cached(source: Path) -> None:
+    source.write_text(NEW, encoding="utf-8")
+
+
+def rightly_cached(source: Path) -> None:
+    source.write_text(f"assert __debug__, 'other code at each level'\n{NEW}", encoding="utf-8")
+    py_compile.compile(str(source), invalidation_mode=TIMESTAMP)
+    py_compile.compile(str(source), optimize=1, invalidation_mode=UNCHECKED)
+
+
+def not_trusted(source: Path) -> None:
+    py_compile.compile(str(source), invalidation_mode=TIMESTAMP)
+    source.write_text(f"\n{NEW}", encoding="utf-8")
+
+
+def damaged(source: Path) -> None:
+    py_compile.compile(str(source), invalidation_mode=TIMESTAMP)
+    cached(source).write_bytes(cached(source).read_bytes()[:10])
+    source.write_text(NEW, encoding="utf-8")
+
+
+def optimized_and_stale(source: Path) -> None:
+    py_compile.compile(str(source), optimize=1, invalidation_mode=UNCHECKED)
+    source.write_text(NEW, encoding="utf-8")
+
+
+def legacy(source: Path) -> None:
+    py_compile.compile(str(source), cfile=f"{source}c")
+    source.write_text(NEW, encoding="utf-8")
+
+
+def legacy_of_deleted(source: Path) -> None:
+    legacy(source)
+    source.unlink()
+
+
+def orphan(source: Path) -> None:
+    py_compile.compile(str(source), invalidation_mode=UNCHECKED)
+    source.unlink()
+
+
+def test_what_stands_is_called_stale_only_where_plain_python_runs_it() -> None:
+    ways = (
+        make_stale_by_time, not_cached, rightly_cached, not_trusted, damaged, optimized_and_stale, legacy,
+        legacy_of_deleted, orphan,
+    )  # fmt: skip
+    with folder_for_everybody() as folder:
+        sources = {way.__name__: folder / f"{way.__name__}.py" for way in ways}
+        for way in ways:
+            sources[way.__name__].write_text(OLD, encoding="utf-8")
+            way(sources[way.__name__])
+        for place in (folder, folder / "__pycache__"):
+            place.chmod(0o555)
+        there = [source for source in sources.values() if source.exists()]
+        report = run_bound(sources=there, removed=[s for s in sources.values() if s not in there])
+        ran = {
+            str(source)
+            for name, source in sources.items()
+            for flags in ((), ("-O",))
+            if plain_python("-B", *flags, "-c", f"import {name}", cwd=folder) == "old"
+        }
+        folder.chmod(0o755)
+    assert ran, "void: plain Python runs the old code nowhere"
+    assert set(report["stale"].values()) == ran
+    assert (report["errors"], report["purged"], report["compiled_total"]) == ([], [], 0)
+    assert report["stale"].keys() < set(report["unwritable"])
+
+
+def test_bytecode_of_another_interpreter_that_cannot_be_removed_counts_as_stale_if_that_would_trust_it() -> (
+    None
+):
     with folder_for_everybody() as folder:
         source = folder / "m.py"
-        source.write_text(OLD, encoding="utf-8")
-        make_stale_by_time(source)
-        if plain_python(*IMPORT, cwd=folder) != "old":
-            pytest.fail("void: plain Python does not run the old code here")
-        cached(source).parent.chmod(0o555)
-        report = json.loads(run_unprivileged(imports, code, str(source)))
-        cached(source).parent.chmod(0o755)
-        assert (report["errors"], report["purged"], report["compiled_total"]) == ([], [], 0)
-        assert report["unwritable"] == [str(cached(source))] * 2, "neither removed nor replaced"
-        assert plain_python(*IMPORT, cwd=folder) == "old", "which is why it is reported"
+        source.write_text(NEW, encoding="utf-8")
+        cache = folder / "__pycache__"
+        cache.mkdir()
+        for name, flags in (("cpython-398", 0b01), ("cpython-399", 0b11)):
+            header = b"\x01\x02\r\n" + bytes([flags, 0, 0, 0])
+            (cache / f"m.{name}.pyc").write_bytes(header + b"8 bytes." + b"code")
+        cache.chmod(0o555)
+        report = run_bound(sources=[source], removed=[])
+        cache.chmod(0o755)
+    assert report["stale"] == {str(cache / "m.cpython-398.pyc"): str(source)}
+
+
+# --- what git tracks --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def repository(workshop: Workshop) -> Workshop:
+    """A workshop whose tree is a repository."""
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
+    run_git(workshop.root, "init", "--quiet")
+    return workshop
+
+
+def shipped(workshop: Workshop, name: str) -> Path:
+    """Bytecode that takes the place of its source, as a commit brings it."""
+    source = workshop.write(name)
+    py_compile.compile(str(source), cfile=f"{source}c", doraise=True)
+    run_git(workshop.root, "add", "--force", f"{source}c")
+    source.unlink()
+    return Path(f"{source}c")
+
+
+@pytest.mark.parametrize("sweep", [False, True])
+def test_module_that_a_commit_ships_without_source_is_kept(repository: Workshop, sweep: bool) -> None:
+    source = repository.write("m.py")
+    left = repository.write("left.py")
+    before = repository.manifest()
+    legacy_beside_a_deleted_source(repository, left)
+    shipped(repository, "m.py")
+    assert repository.compile(before, sweep=sweep).purged == (f"{left}c",)
+    assert plain_python(*IMPORT, cwd=repository.root) == "old"
+    assert run_git(repository.root, "ls-files", "--deleted") == ""
+    assert not source.exists()
+
+
+def test_bytecode_that_git_tracks_is_kept_beside_a_source_that_it_may_replace(repository: Workshop) -> None:
+    """A checkout that deletes the source does not bring back what it takes for unchanged."""
+    kept = shipped(repository, "pack/m.py")
+    repository.write("pack/m.py", NEW)
+    assert repository.compile(sweep=True).purged == ()
+    assert kept.exists()
+
+
+def test_cached_bytecode_that_git_tracks_is_kept_without_its_source_and_purged_with_it(
+    repository: Workshop,
+) -> None:
+    source, orphan = repository.write("m.py"), repository.write("orphan.py")
+    for path in (source, orphan):
+        py_compile.compile(str(path), invalidation_mode=UNCHECKED)
+    run_git(repository.root, "add", "--force", ".")
+    before = repository.manifest()
+    orphan.unlink()
+    source.write_text(NEW, encoding="utf-8")
+    if plain_python(*IMPORT, cwd=repository.root) != "old":
+        pytest.fail("void: plain Python does not run the old code here")
+    assert repository.compile(before, sweep=True).purged == (str(cached(source)),)
+    assert plain_python(*IMPORT, cwd=repository.root) == "new"
+    assert cached(orphan).exists()
+
+
+def test_nothing_without_a_source_goes_while_the_index_is_not_understood(repository: Workshop) -> None:
+    source = repository.write("m.py")
+    before = repository.manifest()
+    legacy_beside_a_deleted_source(repository, source)
+    (repository.root / ".git" / "index").write_bytes(b"DIRC\0\0\0\x09")
+    report = repository.compile(before)
+    assert (report.purged, report.unwritable) == ((), (f"{source}c",))
+    assert report.stale == {f"{source}c": str(source)}, "it may be shipped so; somebody has to look"
 
 
 # --- the verdict ------------------------------------------------------------------------------------------
@@ -416,8 +612,8 @@ def test_verdict_is_about_the_pinned_bytes(workshop: Workshop) -> None:
     after = workshop.manifest()
     source.write_text("def", encoding="utf-8")
     request = {str(source): str(workshop.blobs.blobs / after.sources["m.py"])}
-    report = compiler.Helper(request, [], [], [str(workshop.root)]).run()
-    assert (report["errors"], report["compiled_total"]) == ([], 0)
+    assert helper(request, workshop.root).run()["errors"] == []
+    assert "SyntaxError" in plain_python(*IMPORT, cwd=workshop.root), "and bytecode is of its own source"
 
 
 def test_missing_blob_is_an_error_and_no_crash(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -450,7 +646,8 @@ def test_source_that_takes_too_long_is_rejected(workshop: Workshop, monkeypatch:
     workshop.write(
         "m.py", "".join(f"def f{n}(a, b):\n    return [a for a in b if a]\n" for n in range(60_000))
     )
-    assert workshop.compile().error == "compiling the tree took more than 1 s of processor time"
+    why = "compiling the tree took more than 1 s of processor time"
+    assert workshop.compile().error == f"{workshop.root}/m.py: {why}"
 
 
 def test_helper_that_is_killed_is_a_rejection(workshop: Workshop) -> None:
@@ -458,7 +655,25 @@ def test_helper_that_is_killed_is_a_rejection(workshop: Workshop) -> None:
     job = workshop.start()
     assert not isinstance(job._process, str)
     job._process.send_signal(signal.SIGKILL)
-    assert finish(job).error == "the compile helper ended by signal SIGKILL before it was done"
+    assert str(finish(job).error).endswith("the compile helper ended by signal SIGKILL before it was done")
+
+
+def test_helper_says_which_source_it_is_at_and_when_it_is_through_with_them(workshop: Workshop) -> None:
+    said: list[str] = []
+    sources = {str(path): str(path) for path in (workshop.write("a.py"), workshop.write("b.py"))}
+    compiler.Helper(sources=sources, removed=[], directories=[], roots=[], at=said.append).run()
+    assert said == [*sources, ""]
+
+
+def test_helper_whose_time_is_up_names_the_source_that_it_was_at(tmp_path: Path) -> None:
+    request = tmp_path / "request"
+    request.write_bytes(b"/tree/m.py\0and what is left of the request")
+    reader, writer = os.pipe()
+    process = subprocess.Popen(["sleep", "60"], stdout=writer)  # noqa: S607 -- where the system has it
+    os.close(writer)
+    report = CompileJob(process, reader, request, 0.0, frozenset()).expire()
+    assert report.error == "/tree/m.py: the compile helper was not done after 120 s"
+    assert (process.returncode, request.exists()) == (-signal.SIGKILL, False)
 
 
 def test_cancelled_helper_is_gone_at_once_and_leaves_no_request(workshop: Workshop) -> None:

@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -77,6 +79,7 @@ class Row:
         prepare: what the tree needs before anybody looks at it.
         environment: of the supervisor, its children and plain Python.
         arguments: of the supervisor.
+        flags: of plain Python.
         bound: permission bits must bind, so the stages cannot run in a test process that may be root's; the
             row has only its supervised driver.
     """
@@ -86,6 +89,7 @@ class Row:
     prepare: Edit = lambda _: None
     environment: tuple[tuple[str, str], ...] = ()
     arguments: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
     bound: bool = False
 
 
@@ -100,6 +104,11 @@ def rejected(name: str, content: bytes, says: str) -> Row:
     return Row(name, (broken, Step(by.writes(by.NEW))))
 
 
+def refused(name: str, edit: Edit, says: str) -> Row:
+    """Return the row of something that is no file that could be read; what takes its place runs."""
+    return Row(name, (Step(edit, "old", rejected="import", says=says), Step(by.becomes_a_file)))
+
+
 def table(word: str) -> bytes:
     """Return a source with five megabytes of data."""
     rows = b"".join(b"    '%05d %s',\n" % (number, b"x" * 1010) for number in range(5000))
@@ -107,6 +116,7 @@ def table(word: str) -> bytes:
 
 
 LATIN = "# -*- coding: latin-1 -*-\n"
+CACHE_ELSEWHERE = (("PYTHONPYCACHEPREFIX", "{outside}/cache"),)
 SCANNED = ("--scan-interval=0.1",)  # No event tells of an edit outside the tree, or of a mode.
 
 GAUNTLET = (
@@ -114,19 +124,39 @@ GAUNTLET = (
     Row("mtime restored", (Step(by.unseen(by.NEW), stale="old"),)),
     Row("mtime goes back", (Step(by.back_in_time),)),
     Row("planted unchecked hash", (Step(by.planted(by.NEW), stale="old"),)),
-    Row("tampered code, right time and size", (Step(by.tampered_by_time, stale="old"),)),
-    Row("tampered code, right hash", (Step(by.tampered_by_hash, stale="old"),)),
+    Row("tampered code, right time and size", (Step(by.tampered(by.TIMESTAMP), stale="old"),)),
+    Row("tampered code, right hash", (Step(by.tampered(by.CHECKED), stale="old"),)),
+    Row("python -O, unchecked hash", (Step(by.tampered(by.UNCHECKED, 1), stale="old"),), flags=("-O",)),
+    Row("python -O, tampered code", (Step(by.tampered(by.CHECKED, 1), stale="old"),), flags=("-O",)),
+    Row("python -OO, tampered code", (Step(by.tampered(by.CHECKED, 2), stale="old"),), flags=("-OO",)),
+    Row(
+        "PYTHONOPTIMIZE, tampered code",
+        (Step(by.tampered(by.CHECKED, 1), stale="old"),),
+        environment=(("PYTHONOPTIMIZE", "1"),),
+    ),
     Row("edited while py_compile read it", (Step(by.overtaken_py_compile, stale="old"),)),
     Row(
-        "cache elsewhere",
-        (Step(by.under_the_prefix, stale="old"),),
-        environment=(("PYTHONPYCACHEPREFIX", "{outside}/cache"),),
+        "cache elsewhere, unchecked hash",
+        (Step(by.under_the_prefix(by.UNCHECKED), stale="old"),),
+        environment=CACHE_ELSEWHERE,
+    ),
+    Row(
+        "cache elsewhere, tampered code",
+        (Step(by.under_the_prefix(by.CHECKED), stale="old"),),
+        environment=CACHE_ELSEWHERE,
     ),
     Row("legacy bytecode", (Step(by.deleted_beside_legacy_bytecode, "gone", stale="old"),)),
     Row("source deleted", (Step(by.deleted, "gone"), Step(by.writes(by.NEW)))),
     Row(
         "package and back",
         (Step(by.becomes_a_package, "package"), Step(by.becomes_a_module_again, "back", stale="package")),
+    ),
+    Row(
+        "package left with bytecode alone",
+        (
+            Step(by.becomes_a_package, "package"),
+            Step(by.package_left_with_bytecode_alone, "gone", stale="empty"),
+        ),
     ),
     Row("atomic save", (Step(by.renamed_over, stale="old"),)),
     Row(
@@ -168,15 +198,33 @@ GAUNTLET = (
         bound=True,
     ),
     Row(
-        "pipe in place of a source",
+        "folder without permission",
         (
-            Step(by.becomes_a_pipe, "old", rejected="import", says="not a regular file"),
-            Step(by.becomes_a_file),
+            Step(by.folder_unreadable, "old", rejected="import", says="answer.py: Permission denied"),
+            Step(by.folder_readable),
         ),
+        arguments=SCANNED,
+        environment=CACHE_ELSEWHERE,
+        bound=True,
+    ),
+    refused("pipe in place of a source", by.becomes_a_pipe, "answer.py: it is not a regular file"),
+    refused("socket in place of a source", by.becomes_a_socket, "answer.py: it is not a regular file"),
+    refused("directory in place of a source", by.becomes_a_directory, "answer.py: it is not a regular file"),
+    refused("links in a circle", by.becomes_a_circle_of_links, ".py: Too many levels of symbolic links"),
+    refused("huge file", by.becomes_a_terabyte, "answer.py: it has 1099511627776 bytes"),
+    Row("links that enclose themselves", (Step(by.links_all_around, stale="old"),)),
+    Row(
+        "root gone and made anew",
+        (
+            Step(by.root_gone, "old", rejected="import", says="tree: No such file or directory"),
+            Step(by.root_made_anew),
+        ),
+        arguments=SCANNED,
+        environment=CACHE_ELSEWHERE,  # Nothing of it may be purged.
     ),
     rejected("syntax error", b"VALUE = = 'new'\n", "answer.py, line 1: invalid syntax"),
     rejected("undecodable", b"VALUE = '\xff\xfe'\n", "answer.py"),
-    rejected("NUL bytes", b"VALUE = 'new'\0\n", "null bytes"),
+    rejected("binary", b"\x7fELF\x02\x01\x01\0\0\0\0\0", "answer.py"),
 )
 
 
@@ -259,6 +307,7 @@ class Stages:
             environment=os.environ
             | self._bench.environment
             | {"WA_GENERATION": "1", "GAUNTLET_SAID": str(self._said)},
+            directory=self._bench.root,
         )
         said = os.open(self._said, os.O_RDONLY | os.O_NONBLOCK)
         child = launch.launch(request)
@@ -287,7 +336,7 @@ def _attestation(child: launch.Child) -> dict[str, object]:
 
 @pytest.mark.parametrize("row", rows(bound=False))
 def test_stage_by_stage(row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = Bench.make(tmp_path, dict(row.environment))
+    bench = Bench.make(tmp_path, dict(row.environment), row.flags)
     row.prepare(bench)
     monkeypatch.chdir(bench.root)
     stages = Stages(bench, tmp_path)
@@ -304,7 +353,7 @@ def test_stage_by_stage(row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             assert stages.compile(found) is None
             ran = stages.run(found)
             assert (ran.said, ran.verdict.problem, ran.verdict.on_disk) == (step.runs, None, True)
-            assert bench.plain() == step.runs
+            assert bench.everywhere() == {step.runs}
 
 
 def _rejection(stages: Stages, reason: Reason) -> str:
@@ -362,13 +411,13 @@ def supervise(
 
 @pytest.mark.parametrize("row", rows(bound=True))
 def test_supervised(row: Row, tmp_path: Path, supervise: Callable[[Row, Bench], Supervised]) -> None:
-    bench = Bench.make(tmp_path, dict(row.environment))
+    bench = Bench.make(tmp_path, dict(row.environment), row.flags)
     row.prepare(bench)
     started = supervise(row, bench)
     started.expect("running ")
     started.expect(LIVE)
     for step in row.steps:
-        before = list(started.output.lines)
+        before, bytecode_before = list(started.output.lines), _content(bench.bytecode)
         if step.overtaken in {"hashed", "compiled"}:
             (bench.armed / step.overtaken).write_bytes(by.NEWEST)
         with by.held_still(started.process):
@@ -378,9 +427,11 @@ def test_supervised(row: Row, tmp_path: Path, supervise: Callable[[Row, Bench], 
             sentence = started.expect(rf"reload \(\w+\): rejected \({step.rejected}\).*").group()
             assert step.says in sentence
             assert not [line for line in started.output.lines[len(before) :] if line.startswith("running ")]
+            _assert_rejected(started, step)
+            assert bench.bytecode.read_bytes() == bytecode_before, "nothing of it was purged"
         else:
             _expect_live(started, bench, step)
-            assert bench.plain() == step.runs
+            assert bench.everywhere() == {step.runs}
         verified = started.command("verify", "--json")
         assert verified.returncode == (EXIT_DIFFERS if step.rejected else 0), verified.stderr
         assert json.loads(verified.stdout)["in_sync"] is (step.rejected is None)
@@ -396,3 +447,20 @@ def _expect_live(started: Supervised, bench: Bench, step: Step) -> None:
         started.expect("^running " + step.runs.replace("\\", r"\\") + "$")
     started.expect(LIVE)
     assert "running middle" not in started.output.lines, "what was overtaken never ran"
+
+
+def _assert_rejected(started: Supervised, step: Step) -> None:
+    """Status, metrics and the command line say the same as the log."""
+    status = started.status()
+    last = status["last_reload"]
+    assert (last["outcome"], last["reason"], status["in_sync"]) == ("rejected", step.rejected, False)
+    assert step.says in last["detail"]
+    assert step.says in status["reason"]
+    with urllib.request.urlopen(f"http://{status['listen']}/metrics") as answer:
+        series = answer.read().decode()
+    counted = re.findall(r'_reloads_total{outcome="rejected",trigger="(\w+)"} [1-9]', series)
+    assert last["trigger"] in counted
+
+
+def _content(path: Path) -> bytes | None:
+    return path.read_bytes() if path.exists() else None

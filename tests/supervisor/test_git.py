@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import time
 from pathlib import Path
 
@@ -12,26 +11,9 @@ import pytest
 
 from supervisor import git
 from supervisor.git import STALE_LOCK_SECONDS, Repository
+from tests.supervisor.helpers_edges import run_git
 
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
-
-
-def run_git(folder: Path, *arguments: str) -> str:
-    identity = {
-        f"GIT_{who}_{what}": value
-        for who in ("AUTHOR", "COMMITTER")
-        for what, value in (("NAME", "A. Person"), ("EMAIL", "person@example.invalid"))
-    }
-    plain = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull}
-    child = subprocess.run(
-        ["git", *arguments],  # noqa: S607 -- git is where the system has it
-        cwd=folder,
-        env=os.environ | identity | plain,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return child.stdout.strip()
 
 
 @pytest.fixture

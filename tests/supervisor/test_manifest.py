@@ -146,11 +146,17 @@ def test_directories_that_all_link_to_each_other_end(tmp_path: Path) -> None:
     assert len(found) < 8 * 8**3
 
 
-def test_link_that_leads_nowhere_or_to_itself_is_no_source(tmp_path: Path) -> None:
+def test_link_that_leads_nowhere_is_no_source(tmp_path: Path) -> None:
     (tmp_path / "gone.py").symlink_to("nothing.py")
-    (tmp_path / "self.py").symlink_to("self.py")
     (tmp_path / "circle").symlink_to("circle")
     assert paths(tree_of(tmp_path)) == []
+
+
+def test_source_whose_links_lead_in_a_circle_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.py").symlink_to("b.py")
+    (tmp_path / "b.py").symlink_to("a.py")
+    with pytest.raises(SourceError, match=r"[ab]\.py: Too many levels of symbolic links"):
+        look(tree_of(tmp_path))
 
 
 def test_edit_behind_a_linked_file_is_found(tmp_path: Path) -> None:
@@ -290,17 +296,33 @@ def test_file_that_vanishes_between_listing_and_reading_is_no_error(tmp_path: Pa
     assert len(scan(tree_of(tmp_path), None, keep_and_delete_the_rest).manifest.sources) == 1
 
 
-def test_root_that_vanishes_is_a_change_and_so_is_its_return(tmp_path: Path) -> None:
+def test_root_that_vanishes_is_an_error_until_it_is_back(tmp_path: Path) -> None:
     root = tmp_path / "root"
     source = write(root / "a.py", "A = 1")
     tree = tree_of(root)
     before = look(tree)
-    source.unlink()
-    root.rmdir()
-    between = look(tree, before)
-    assert (between.manifest.sources, before.manifest.changes(between.manifest)) == ({}, ("a.py",))
+    root.rename(tmp_path / "away")
+    with pytest.raises(SourceError, match=f"cannot read {root}: No such file or directory; put it back"):
+        look(tree, before)
     write(source, "A = 1")
-    assert look(tree, between).manifest.digest == before.manifest.digest
+    assert look(tree, before).manifest.digest == before.manifest.digest
+
+
+def test_source_whose_place_is_taken_by_a_directory_is_not_taken_for_deleted(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.py")
+    before = look(tree_of(tmp_path))
+    source.unlink()
+    source.mkdir()
+    with pytest.raises(SourceError, match=f"{source}: it is not a regular file"):
+        look(tree_of(tmp_path), before)
+    assert paths(tree_of(tmp_path)) == [], "a directory that never was a source may have its name"
+
+
+def test_file_too_large_for_a_source_is_named_and_not_read(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.py")
+    os.truncate(source, 1 << 40)
+    with pytest.raises(SourceError, match=f"{source}: it has 1099511627776 bytes, which is too large"):
+        look(tree_of(tmp_path))
 
 
 def test_digest_is_of_paths_and_contents_and_of_nothing_else(tmp_path: Path) -> None:
