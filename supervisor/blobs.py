@@ -41,6 +41,7 @@ class BlobStore:
         self.manifests = directory / "manifests"
         for folder in (self.blobs, self.manifests):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._folder = str(self.blobs)
         self._held: dict[str, int] = {}
         """Digest to size of what was seen whole by this process."""
 
@@ -51,7 +52,7 @@ class BlobStore:
             OSError: it cannot be written, for example because the disk is full.
         """
         digest = hashlib.sha256(content).hexdigest()
-        path = self.blobs / digest
+        path = f"{self._folder}/{digest}"
         if digest not in self._held or self._held[digest] != _size(path):
             if _content(path) != content:
                 _write(path, content)
@@ -85,8 +86,8 @@ class BlobStore:
         path = self.manifests / f"{manifest.digest}.json"
         body = {"base": manifest.base, "roots": manifest.roots, "sources": dict(manifest.sources)}
         content = json.dumps(body).encode()
-        if _content(path) != content:
-            _write(path, content)
+        if _content(str(path)) != content:
+            _write(str(path), content)
         return path
 
     def get_manifest(self, digest: str) -> Manifest:
@@ -118,16 +119,17 @@ class BlobStore:
         self._held = {digest: size for digest, size in self._held.items() if digest in needed}
 
 
-def _size(path: Path) -> int | None:
+def _size(path: str) -> int | None:
     try:
-        return path.stat().st_size
+        return os.stat(path).st_size
     except OSError:
         return None
 
 
-def _content(path: Path) -> bytes | None:
+def _content(path: str) -> bytes | None:
     try:
-        return path.read_bytes()
+        with open(path, "rb") as file:
+            return file.read()
     except OSError:
         return None
 
@@ -138,17 +140,25 @@ def _remove_others(folder: Path, needed: Collection[str]) -> None:
             path.unlink()
 
 
-def _write(path: Path, content: bytes) -> None:
+def _write(path: str, content: bytes) -> None:
     """Write a file that appears whole or not at all, readable by its owner only."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    folder, name = os.path.split(path)
+    temporary = os.path.join(folder, f".{name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # A cleaner may have taken that, too.
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with open(descriptor, "wb") as file:  # noqa: PTH123 -- takes over the descriptor
+        try:
+            descriptor = _create(temporary)
+        except FileNotFoundError:
+            os.makedirs(folder, mode=0o700, exist_ok=True)  # A cleaner has taken that, too.
+            descriptor = _create(temporary)
+        with open(descriptor, "wb") as file:
             file.write(content)
-        temporary.replace(path)
+        os.replace(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):
-            temporary.unlink()
+            os.unlink(temporary)
         # A failed write does not name its file; whoever reads the reason wants to know where.
-        raise OSError(error.errno, error.strerror, str(path.parent)) from error
+        raise OSError(error.errno, error.strerror, folder) from error
+
+
+def _create(path: str) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)

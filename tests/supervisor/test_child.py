@@ -481,6 +481,18 @@ def test_tampered_function_is_named(stepped: Generation, fifo: Path, tampering: 
     assert verdict.problem == f"function {verdict.foreign[0]} does not run the code of its source"
 
 
+@pytest.mark.parametrize("linked", ["folder", "file"])
+def test_code_that_names_its_file_by_a_link_is_compared(
+    stepped: Generation, tree: Path, fifo: Path, linked: str
+) -> None:
+    link = fifo / "linked.py"
+    link.symlink_to(tree if linked == "folder" else tree / "shapes.py")
+    name = link / "shapes.py" if linked == "folder" else link
+    code = f"import shapes\nexec(compile('def unheard_of(): return 1', {str(name)!r}, 'exec'), vars(shapes))"
+    assert tell(fifo, code) == {}
+    assert stepped.verdict().foreign == ("shapes:unheard_of",)
+
+
 def test_prints_tell_constants_apart_and_forget_places() -> None:
     def print_of(source: str) -> str:
         return codeprint(compile(source, "<x>", "exec"))
