@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from supervisor import ends
 from supervisor.child import frames
 from supervisor.settings import Target
 
@@ -140,6 +141,14 @@ class Child:
         """Ask the child to finish its work and end."""
         self.signal(signal.SIGTERM)
 
+    def abort(self) -> None:
+        """Have a child that hangs write the stacks of its threads to its stderr, and end.
+
+        It does so from the signal's handler (faulthandler), whatever its threads are doing. It does not if
+        the application blocks or handles SIGABRT itself, or if it was stopped: kill it a moment later.
+        """
+        self.signal(signal.SIGABRT)
+
     def collect(self) -> int:
         """Take the exit status from the kernel, which frees the pid; blocks until the process has ended."""
         if self._status is None:
@@ -216,6 +225,6 @@ def reap(child: Child) -> str:
         ``exit status 7`` or ``signal SIGKILL``.
     """
     child.kill_group()  # What it left behind goes with it; until it is collected the pid is ours.
-    code = os.waitstatus_to_exitcode(child.collect())
+    status = child.collect()
     child.channel.close()
-    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+    return str(ends.end_of(status))

@@ -19,12 +19,18 @@ Plain Python would keep 8 KiB of it, which are late in every log and lost when a
 SIGKILL as death signal and not SIGTERM: it is the one that a hung child cannot survive. A supervisor that is
 *stopped* sends SIGTERM and waits, so this is for a supervisor that was killed. Where the kernel has no such
 signal (macOS), the end of the channel takes its place: SIGTERM, and SIGKILL three seconds later.
+
+A fatal signal leaves the stacks of all threads on stderr, as ``python -X faulthandler`` does. SIGABRT is how
+the supervisor asks a child that hangs for them, before it kills it. Whether a core is dumped as well stays
+what the operator set (RLIMIT_CORE): SIGKILL cuts a dump short that takes too long. SIGABRT is not
+kept for us where an application blocks or handles it: it would see another interpreter.
 """
 
 from __future__ import annotations
 
 import _thread
 import ctypes
+import faulthandler
 import os
 import select
 import signal
@@ -45,6 +51,7 @@ from . import attest, frames, functions, metrics, pinned, spawned
 
 _PR_SET_PDEATHSIG = 1
 _PARENT_WAIT_SECONDS = 10.0
+_STDERR = 2
 _ORPHAN_GRACE_SECONDS = 3.0
 _METRICS_INTERVAL_SECONDS = 1.0
 
@@ -156,6 +163,8 @@ def run(descriptor: int, plain_modules: frozenset[str], run_name: str) -> NoRetu
     channel = _Channel(socket.socket(fileno=descriptor))
     start = channel.start_message()
     _die_with(int(start["supervisor_pid"]))
+    if not faulthandler.is_enabled():
+        faulthandler.enable(file=_STDERR, all_threads=True)
     pins = pinned.Pins.of(start["manifest"], start["blobs"])
     pinned.install(pins, plain_modules)
     spawned.install(start["manifest"], start["blobs"], run_name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from supervisor import launch, verify
+from supervisor import ends, launch, verify
 from supervisor.blobs import BlobStore
 from supervisor.child import attest
 from supervisor.child.codeprint import codeprint, every
@@ -286,6 +287,8 @@ names = {name.partition(".")[0] for name in sys.modules}
 result["names"] = sorted(n for n in names if "supervisor" in n or n in {"child", "bootstrap", "program"})
 result["threads"] = [thread.name for thread in threading.enumerate()]
 result["main"] = sys.modules["__main__"].__name__
+import signal
+result["fatal"] = [s.name for s in (signal.SIGABRT, signal.SIGSEGV) if signal.getsignal(s) != signal.SIG_DFL]
 numbers = [fd for fd in map(int, os.listdir("/proc/self/fd")) if fd > 2]
 numbers = [fd for fd in numbers if os.path.exists(f"/proc/self/fd/{fd}")]
 result["inherited"] = [fd for fd in numbers if os.get_inheritable(fd)]
@@ -294,6 +297,7 @@ result["inherited"] = [fd for fd in numbers if os.get_inheritable(fd)]
         "names": ["_wa_supervisor_child"],
         "threads": ["MainThread"],
         "main": "__main__",
+        "fatal": [],
         "inherited": [],
     }
     assert stepped.child.pid == os.getsid(stepped.child.pid) == os.getpgid(stepped.child.pid)
@@ -560,7 +564,7 @@ def test_modules_named_like_the_standard_library_are_those_of_the_tree(
 ) -> None:
     for name in [name for name in os.environ if name.startswith("COVERAGE_")]:
         monkeypatch.delenv(name)  # Measuring loads half the standard library before any program starts.
-    names = ["json", "ast", "struct", "traceback", "hashlib", "linecache", "select"]
+    names = ["json", "ast", "struct", "traceback", "hashlib", "linecache", "select", "faulthandler"]
     for name in names:
         (tree / f"{name}.py").write_text("MINE = True\n", encoding="utf-8")
     imports = ", ".join(names)
@@ -677,3 +681,104 @@ def test_source_run_by_its_path_is_pinned(stepped: Generation, tree: Path, fifo:
         "value": "pinned"
     }
     assert "later.py" in {module.path for module in stepped.attest().modules if module.sha256}
+
+
+HANGING = """\
+import os, re, signal, threading, time
+
+def stuck():
+    open("hangs", "w").close()
+    {}
+
+{}
+threading.Thread(target=threading.Event().wait, name="another", daemon=True).start()
+stuck()
+"""
+
+
+@pytest.fixture
+def hanging(tree: Path, generation: Callable[..., Generation]) -> Callable[..., Child]:
+    """Start a child that hangs, and return it when it is about to."""
+    os.mkfifo(tree / "hangs")
+
+    def start(how: str, before: str = "", **environment: str) -> Child:
+        (tree / "main.py").write_text(HANGING.format(how, before), encoding="utf-8")
+        one = generation(**environment)
+        one.go()
+        (tree / "hangs").read_bytes()
+        return one.child
+
+    return start
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "time.sleep(60)",
+        "lock = threading.Lock(); lock.acquire(); lock.acquire()",
+        "7 ** 10 ** 9",  # One long call that looks at no signal.
+        "re.match('(a+)+$', 'a' * 60 + 'b')",
+    ],
+)
+def test_child_that_hangs_says_where_and_ends(
+    hanging: Callable[..., Child], capfd: pytest.CaptureFixture[str], how: str
+) -> None:
+    child = hanging(how)
+    child.abort()
+    ended = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    printed = capfd.readouterr().err
+    assert ended is not None
+    assert ended.si_status == signal.SIGABRT
+    assert printed.startswith("Fatal Python error: Aborted\n")
+    assert 'main.py", line 5 in stuck\n' in printed
+    assert 'threading.py", line ' in printed  # All threads.
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGABRT])",
+        "signal.signal(signal.SIGABRT, lambda *_: None)",
+        "os.kill(os.getpid(), signal.SIGSTOP)",
+    ],
+)
+def test_child_that_cannot_say_where_it_hangs_is_killed_all_the_same(
+    hanging: Callable[..., Child], capfd: pytest.CaptureFixture[str], before: str
+) -> None:
+    stops = "SIGSTOP" in before
+    child = hanging(before if stops else "7 ** 10 ** 9", "" if stops else before)
+    if stops:
+        os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WNOWAIT)
+    child.abort()
+    assert not child.ended
+    look = ends.look(child.pid)
+    assert look is not None
+    assert look.stopped == stops
+    child.kill_group()
+    ended = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert ended is not None
+    assert ended.si_status == signal.SIGKILL
+    assert capfd.readouterr().err == ""
+
+
+def test_fatal_signal_leaves_a_traceback(
+    tree: Path, generation: Callable[..., Generation], capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tree / "main.py").write_text("import os\nos.kill(os.getpid(), 11)\n", encoding="utf-8")
+    one = generation()
+    one.go()
+    os.waitid(os.P_PID, one.child.pid, os.WEXITED | os.WNOWAIT)
+    printed = capfd.readouterr().err
+    assert printed.startswith("Fatal Python error: Segmentation fault\n")
+    assert 'main.py", line 2 in <module>\n' in printed
+
+
+def test_application_keeps_the_fault_handler_that_it_asked_for(
+    hanging: Callable[..., Child], tree: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asks = "import faulthandler; log = open('dump', 'w'); faulthandler.enable(log, all_threads=False)"
+    child = hanging("time.sleep(60)", asks)
+    child.abort()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert "in stuck" in (tree / "dump").read_text(encoding="utf-8")
+    assert capfd.readouterr().err == ""
