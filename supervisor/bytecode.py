@@ -12,6 +12,7 @@ Source: :mod:`supervisor.compiler` says what is purged and why.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -31,6 +32,7 @@ DEADLINE_SECONDS = 120.0
 """Longest wall time of a helper, and its limit of processor time."""
 
 _MAX_OPTIMIZE = 2
+_numbers = itertools.count(1)
 
 MEMORY_BYTES = 2 * 1024**3
 """Address space of a helper."""
@@ -75,6 +77,8 @@ class CompileJob:
             not earlier: its number may not go to another file while the main loop still waits on it.
         request: the file it reads, removed at the end.
         deadline: monotonic time after which it is to be killed.
+
+    Attributes:
         paths: relative paths of the sources, deleted ones included, whose bytecode it works on.
     """
 
@@ -84,7 +88,6 @@ class CompileJob:
         output: int,
         request: Path,
         deadline: float,
-        paths: frozenset[str],
     ) -> None:
         self._process = process
         self._output = output
@@ -92,7 +95,12 @@ class CompileJob:
         self._request = request
         self._received = bytearray()
         self.deadline = deadline
-        self.paths = paths
+        self.paths: frozenset[str] = frozenset()
+
+    @property
+    def pid(self) -> int | None:
+        """The helper's process id; None if it could not be started."""
+        return None if isinstance(self._process, str) else self._process.pid
 
     def fileno(self) -> int:
         """Return the descriptor to wait on for reading."""
@@ -180,23 +188,59 @@ def start(
     """
     changed = after.sources.keys() if before is None or sweep else {*before.changes(after), *again}
     gone = ((before.sources.keys() if before else set()) | set(again)) - after.sources.keys()
-    file = scratch / f"compile-{after.digest[:16]}.json"
+    problem = None
+    directories: list[str] = []
+    try:
+        directories = list(tree.directories()) if sweep else []
+    except SourceError as error:
+        problem = str(error)
+    request = {
+        "sources": {after.absolute(p): str(blobs / after.sources[p]) for p in changed if p in after.sources},
+        "removed": [after.absolute(p) for p in sorted(gone)],
+        "directories": directories,
+        "roots": tree.roots,
+    }
+    job = _start(request, scratch=scratch, environment=environment, now=now, problem=problem)
+    job.paths = frozenset(changed | gone)
+    return job
+
+
+def judge(
+    kept: Manifest, *, blobs: Path, scratch: Path, environment: Mapping[str, str], now: float
+) -> CompileJob:
+    """Start taking the prints of a manifest that need not be the one on disk; nothing there is touched."""
+    request = {
+        "sources": {kept.absolute(p): str(blobs / digest) for p, digest in kept.sources.items()},
+        "removed": [],
+        "directories": [],
+        "roots": kept.roots,
+        "judge_only": True,
+    }
+    return _start(request, scratch=scratch, environment=environment, now=now)
+
+
+def _start(
+    request: Mapping[str, object],
+    *,
+    scratch: Path,
+    environment: Mapping[str, str],
+    now: float,
+    problem: str | None = None,
+) -> CompileJob:
+    """Start the helper; with a problem there is nothing that it could do, and the job says why."""
+    file = scratch / f"compile-{next(_numbers)}.json"
+    limits = {"cpu_seconds": int(DEADLINE_SECONDS), "memory_bytes": MEMORY_BYTES}
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
+    if problem is not None:
+        os.close(writer)
+        return CompileJob(problem, reader, file, now + DEADLINE_SECONDS)
     process: subprocess.Popen[bytes] | str
     try:
-        request = {
-            "sources": {
-                after.absolute(p): str(blobs / after.sources[p]) for p in changed if p in after.sources
-            },
-            "removed": [after.absolute(p) for p in sorted(gone)],
-            "directories": list(tree.directories()) if sweep else [],
-            "roots": tree.roots,
-            "optimize": _optimize(environment),
-            "cpu_seconds": int(DEADLINE_SECONDS),
-            "memory_bytes": MEMORY_BYTES,
-        }
-        file.write_text(json.dumps(request), encoding="utf-8")
+        optimize = _optimize(environment)
+        file.write_text(
+            json.dumps({"judge_only": False, "optimize": optimize, **limits, **request}), encoding="utf-8"
+        )
         process = subprocess.Popen(
             [sys.executable, "-S", "-P", "-W", "ignore", str(_HELPER), str(file)],
             stdin=subprocess.DEVNULL,
@@ -205,11 +249,9 @@ def start(
         )
     except OSError as error:
         process = f"the compile helper could not be started: {error.strerror or error}"
-    except SourceError as error:
-        process = str(error)
     finally:
         os.close(writer)
-    return CompileJob(process, reader, file, now + DEADLINE_SECONDS, frozenset(changed | gone))
+    return CompileJob(process, reader, file, now + DEADLINE_SECONDS)
 
 
 def _environment(children: Mapping[str, str]) -> dict[str, str]:

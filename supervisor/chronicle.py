@@ -79,7 +79,12 @@ class Chronicle:
     def quarantine_json(self, state: State) -> list[dict[str, str | None]]:
         """Return the quarantine as ``status --json`` shows it."""
         return [
-            {"tree": tree, "reason": fault.reason, "detail": fault.detail, "at": self._quarantined_at.get(tree)}
+            {
+                "tree": tree,
+                "reason": fault.reason,
+                "detail": fault.detail,
+                "at": self._quarantined_at.get(tree),
+            }
             for tree, fault in state.quarantine.items()
         ]
 

@@ -22,6 +22,8 @@ import typer
 
 from supervisor import control, logfile, terminal
 from supervisor.errors import SupervisorError, UsageError
+from supervisor.logfile import CHILD_LOG
+from supervisor.output import Output, fill_standard_descriptors
 from supervisor.settings import (
     Handover,
     Options,
@@ -37,8 +39,6 @@ from supervisor.settings import (
 EXIT_FAILED = 1
 EXIT_DIFFERS = 3
 _ANSWER_SECONDS = 10.0
-CHILD_LOG = Path("log", "child.log")
-"""Of the state directory: the last lines of the children."""
 
 app = typer.Typer(
     help="Keep one Python program running on exactly the code that is on disk, and prove it.",
@@ -155,7 +155,6 @@ def run(
 
     settings = read_settings()
     # Imported here: the other commands answer without loading watcher, metrics and web server.
-    from supervisor.output import Output  # noqa: PLC0415
     from supervisor.service import Service  # noqa: PLC0415
 
     output = Output(settings.state_dir / CHILD_LOG)
@@ -279,6 +278,7 @@ def logs(
 
 def main() -> None:
     """Entry point of ``wa-supervisor``."""
+    fill_standard_descriptors()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # A path need not be UTF-8.

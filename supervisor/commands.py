@@ -85,7 +85,7 @@ class Commands:
         blobs: the pinned sources.
         repository: git's view of the tree, where there is one.
         history: of what has happened.
-        output_log: file of the children's last lines.
+        output_log: the file of the children's last lines.
     """
 
     def __init__(

@@ -59,6 +59,7 @@ class Helper:
         directories: absolute paths of directories to sweep whole.
         roots: the tree's roots, which are never removed.
         optimize: level that the children run at.
+        judge_only: take the prints and touch nothing: these are not the sources on disk.
         at: is told the path of each source before it is compiled, and the empty string after the last one.
     """
 
@@ -70,6 +71,7 @@ class Helper:
         directories: list[str],
         roots: list[str],
         optimize: int = 0,
+        judge_only: bool = False,
         at: Callable[[str], object] = lambda _: None,
     ) -> None:
         self._sources = sources
@@ -77,6 +79,7 @@ class Helper:
         self._directories = directories
         self._roots = frozenset(roots)
         self._optimize = optimize
+        self._judge_only = judge_only
         self._at = at
         self._prints: dict[str, dict[str, str]] = {}
         self._written: dict[str, bytes] = {}
@@ -90,7 +93,7 @@ class Helper:
         """Do the work and return the report."""
         errors = [error for path in self._sources if (error := self._judge(path)) is not None]
         self._at("")
-        if not errors:
+        if not errors and not self._judge_only:
             self._purge()
             for path in self._sources:
                 self._write(path)
@@ -303,7 +306,7 @@ def main(request_file: str) -> None:
     with open(request_file, "r+b", buffering=0) as file:
         request = json.loads(file.read())
         _limit(request["cpu_seconds"], request["memory_bytes"])
-        names = ("sources", "removed", "directories", "roots", "optimize")
+        names = ("sources", "removed", "directories", "roots", "optimize", "judge_only")
 
         def at(path: str) -> None:
             """Note where we are, for whoever finds out that we were killed."""

@@ -4,8 +4,8 @@ The rule: it decides nothing. An action of the lifecycle becomes a process, a si
 datagram or an exit becomes an event of the lifecycle. The numbers of generations are the only thing both
 sides speak of.
 
-One reaper: nobody else in the supervisor waits for a child. That one has ended is told when everything it left
-behind is gone as well: the next one may want its port.
+One reaper: nobody else in the supervisor waits for a child. That one has ended is told when everything it
+left behind is gone as well: the next one may want its port.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from supervisor import ends, events, launch, orphans, verify
+from supervisor import ends, events, launch, masking, orphans, processes, verify
 from supervisor.history import Ending
 from supervisor.launch import Child, LaunchRequest
 from supervisor.manifest import Manifest
@@ -47,7 +47,6 @@ class Running:
         mute: it closed its end of the channel and lives on: nothing can be learnt from it any more.
         verdict: of its last attestation, None before the first.
         commit: that the tree stood at when it was started, where git knows it.
-        family: the process with all that descends from it.
         started_at: monotonic time of its start.
         look: how it looked when it was judged to stand still.
         killed: we sent it SIGKILL ourselves.
@@ -59,7 +58,6 @@ class Running:
     child: Child
     started_wall_seconds: float
     started_at: float
-    family: orphans.Family
     commit: str | None = None
     nonce: str | None = None
     verdict: verify.Verdict | None = None
@@ -114,7 +112,7 @@ class Fleet:
         self._happened = happened
         self._metrics = metrics
         self._suspected = suspected
-        self._notify_socket = notify_socket
+        self._families = orphans.Families(notify_socket)
         self._output = output
         self._helpers = helpers
         # By its name: the folder may be removed and made anew, and ours would be the removed one.
@@ -148,8 +146,8 @@ class Fleet:
         )
         with self._output.attach(number) as pipes:
             child = launch.launch(request, pipes.stdout, pipes.stderr)
-        family = orphans.Family(number, child.pid, self._notify_socket)
-        running = Running(number, manifest, child, time.time(), time.monotonic(), family, commit)
+        self._families.add(number, child.pid)
+        running = Running(number, manifest, child, time.time(), time.monotonic(), commit)
         self._running[number] = running
         self._selector.register(child.channel, selectors.EVENT_READ, lambda: self._readable(running))
 
@@ -180,14 +178,14 @@ class Fleet:
         if running.look is not None and running.look.stopped:
             self.kill(number)
         else:
-            running.family.look()
+            self._families.look(number)
             running.child.abort()
 
     def terminate(self, number: int) -> None:
         """Send SIGTERM."""
         running = self._running.get(number)
         if running is not None:
-            running.family.look()
+            self._families.look(number)
             running.child.terminate()
 
     def kill(self, number: int) -> None:
@@ -195,7 +193,7 @@ class Fleet:
         running = self._running.get(number)
         if running is not None:
             running.killed = True
-            running.family.look()
+            self._families.look(number)
             running.child.kill_group()
 
     # --- events -------------------------------------------------------------------------------------------
@@ -205,7 +203,7 @@ class Fleet:
         for running in list(self._running.values()):
             if running.child.ended and self._swept(running, now):
                 self._collect(running, now)
-        orphans.reap_strays(self._known_pids())
+        self._families.reap_strays(self._helpers())
 
     def deadline(self, now: float) -> float | None:
         """Return when :meth:`reap` is to look again although no process has ended."""
@@ -213,16 +211,14 @@ class Fleet:
         return now + _SWEEP_LOOK_SECONDS if sweeping else None
 
     def _swept(self, running: Running, now: float) -> bool:
-        others = [other.family for other in self._running.values() if not other.child.ended]
-        if not running.family.turn(others=others, known=self._known_pids(), now=now):
-            return False
-        if running.family.left:
-            left = ", ".join(running.family.left)
+        swept = self._families.sweep(running.number, known=self._helpers(), now=now)
+        if swept.over and swept.killed:
+            killed = ", ".join(swept.killed)
+            log.warning("killed what generation %d left behind: %s", running.number, killed)
+        if swept.over and swept.left:
+            left = ", ".join(swept.left)
             log.error("generation %d left processes that cannot be killed: %s", running.number, left)
-        return True
-
-    def _known_pids(self) -> Collection[int]:
-        return {running.child.pid for running in self._running.values()} | set(self._helpers())
+        return swept.over
 
     def _collect(self, running: Running, now: float) -> None:
         self._drain_channel(running)
@@ -233,13 +229,14 @@ class Fleet:
             by_us=running.killed,
         )
         del self._running[running.number]
+        self._families.remove(running.number)
         self._remember_ending(running, end, now)
         error = running.failure.get("error")
         self._happened(
             events.Exited(
                 running.number,
                 str(end),
-                str(error) if error else None,
+                masking.mask(str(error)) if error else None,
                 importing=bool(running.failure.get("importing")),
             )
         )
@@ -269,13 +266,13 @@ class Fleet:
     def look(self) -> None:
         """Remember what will be needed when a process has ended; for now and then."""
         self._kills_before = self._kills.read()
-        for running in self._running.values():
-            running.family.look()
+        for number in self._running:
+            self._families.look(number)
 
     @property
-    def identities(self) -> dict[int, orphans.Identity]:
+    def identities(self) -> dict[int, processes.Identity]:
         """Number of each generation to what its process can be recognised by later."""
-        found = {number: orphans.identify(running.child.pid) for number, running in self._running.items()}
+        found = {number: processes.identify(running.child.pid) for number, running in self._running.items()}
         return {number: identity for number, identity in found.items() if identity is not None}
 
     def datagram(self, message: Datagram) -> None:

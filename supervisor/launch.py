@@ -43,8 +43,10 @@ STRIPPED_VARIABLES = (
     "LISTEN_FDS",
     "LISTEN_PID",
     "LISTEN_FDNAMES",
+    "JOURNAL_STREAM",
 )
-"""Meant for the supervisor alone: a child that pings systemd would keep a dead supervisor alive."""
+"""Meant for the supervisor alone: a child that pings systemd would keep a dead supervisor alive, and what a
+child writes comes to the journal through us."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,12 @@ class Child:
             return received
         raise EOFError("the child closed its channel")
 
+    @property
+    def stopped(self) -> bool:
+        """Whether somebody has stopped it, as SIGSTOP does; False where that cannot be known."""
+        look = ends.look(self.pid)
+        return look is not None and look.stopped
+
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the child alone; a child that has ended is not an error."""
         with contextlib.suppress(ProcessLookupError):
@@ -164,8 +172,13 @@ class Child:
         self.signal(signal.SIGKILL)
 
 
-def launch(request: LaunchRequest) -> Child:
+def launch(request: LaunchRequest, stdout: int | None = None, stderr: int | None = None) -> Child:
     """Start a generation; it imports its code and then waits at its gate for ``go``.
+
+    Args:
+        request: what to start.
+        stdout: descriptor that it writes to; None for ours.
+        stderr: the same.
 
     Raises:
         OSError: no process could be started.
@@ -175,6 +188,8 @@ def launch(request: LaunchRequest) -> Child:
         process = subprocess.Popen(
             [sys.executable, str(_BOOTSTRAP), str(theirs.fileno())],
             stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
             env=dict(request.environment),
             cwd=request.directory,
             pass_fds=(theirs.fileno(),),
@@ -218,13 +233,9 @@ def child_environment(
     return environment
 
 
-def reap(child: Child) -> str:
-    """Collect an ended child, close what was held for it and say how it ended.
-
-    Returns:
-        ``exit status 7`` or ``signal SIGKILL``.
-    """
+def reap(child: Child) -> int:
+    """Collect an ended child, close what was held for it and return its wait status (waitpid(2))."""
     child.kill_group()  # What it left behind goes with it; until it is collected the pid is ours.
     status = child.collect()
     child.channel.close()
-    return str(ends.end_of(status))
+    return status

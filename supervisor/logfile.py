@@ -21,6 +21,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
 
+CHILD_LOG = Path("log", "child.log")
+"""Where it lies in the state directory."""
+
 LIMIT_BYTES = 1024 * 1024
 """A file this large is put aside, and its predecessor forgotten."""
 

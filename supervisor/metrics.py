@@ -33,6 +33,7 @@ from prometheus_client import (
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from supervisor.events import Outcome
 from supervisor.families import (
     TOTAL_KINDS,
     Family,
@@ -44,7 +45,6 @@ from supervisor.families import (
     parse,
     total_values,
 )
-from supervisor.events import Outcome
 
 TRIGGERS = (
     "watch",

@@ -6,8 +6,8 @@ the next one is looked at. Other threads (the watcher's, HTTP's) only hand somet
 published.
 
 Signals: SIGHUP reloads, SIGTERM and SIGINT stop. Handlers do nothing; the wake-up descriptor brings the
-number to the loop. Nothing in the loop waits for a disk that is written, a terminal or a child: two threads do,
-:mod:`supervisor.scribe` and :mod:`supervisor.output`.
+number to the loop. What may stall is waited for in threads: a terminal in :mod:`supervisor.output`, the disk
+in :mod:`supervisor.scribe`.
 
 Rejected: asyncio (its subprocess watcher is a second reaper, and every await is a place where the state may
 have changed).
@@ -16,7 +16,6 @@ have changed).
 from __future__ import annotations
 
 import collections
-import contextlib
 import logging
 import os
 import random
@@ -24,12 +23,12 @@ import selectors
 import signal
 import socket
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from supervisor import environment, events, git, launch, lifecycle, lock, orphans, remembered
+from supervisor import environment, events, git, launch, lifecycle, lock, orphans
 from supervisor.blobs import BlobStore
 from supervisor.bytecode import CompileJob
 from supervisor.chronicle import Chronicle
@@ -40,11 +39,13 @@ from supervisor.events import Action, Reason
 from supervisor.fleet import Fleet, Running
 from supervisor.history import History
 from supervisor.lifecycle import Stage
+from supervisor.logfile import CHILD_LOG
 from supervisor.manifest import Manifest
 from supervisor.metrics import ChildMetrics, SupervisorMetrics, registry
 from supervisor.notify import Notifier, NotifySocket
 from supervisor.output import Output
 from supervisor.pipeline import MAX_SETTLE_SECONDS, Pipeline, Reload
+from supervisor.processes import Identity
 from supervisor.remembered import RecordedProcess, Remembered
 from supervisor.reporting import Reporting
 from supervisor.scribe import Scribe
@@ -141,7 +142,7 @@ class Service:
             blobs=self._blobs,
             repository=self._repository,
             history=self._history,
-            output_log=output.log_file,
+            output_log=settings.state_dir / CHILD_LOG,
         )
         self._policy = _policy(settings)
         self._manifests: dict[str, Manifest] = {}
@@ -175,18 +176,16 @@ class Service:
             try:
                 kept = self._blobs.get_manifest(tree)
             except BlobError as error:
-                log.error("a known good tree cannot be started again: %s", error)
+                log.warning("a known good tree cannot be started again: %s", error)
                 continue
             if kept.roots == self._settings.tree.roots:  # Else it is what ran here before --watch changed.
                 self._manifests[tree] = kept
         usable = tuple(tree for tree in state.known_good if tree in self._manifests)
-        return lifecycle.State(
-            known_good=usable, quarantine=state.quarantine, next_number=state.next_number
-        )
+        return lifecycle.State(known_good=usable, quarantine=state.quarantine, next_number=state.next_number)
 
     def _sweep_earlier(self, known: Remembered) -> None:
         recorded = [
-            orphans.Identity(process.pid, process.start_ticks, process.boot_id) for process in known.processes
+            Identity(process.pid, process.start_ticks, process.boot_id) for process in known.processes
         ]
         swept = orphans.sweep_earlier(self._notify_socket.path, recorded)
         if swept.killed:
@@ -278,7 +277,7 @@ class Service:
             try:
                 self.ask_reload("signal")
             except UsageError as error:
-                log.error("nothing was reloaded: %s", error)
+                log.warning("nothing was reloaded: %s", error)
         if numbers & {signal.SIGTERM, signal.SIGINT}:
             log.info("stop, by signal")
             self.happened(events.StopRequested())
@@ -337,9 +336,7 @@ class Service:
             log.info("settings or environment have changed: a new generation takes them over")
         if self._state.live is not None:
             self._notifier.reloading()
-        self._pipeline.ask(
-            "config" if renew else trigger, time.monotonic(), on_finish, uid=uid, renew=renew
-        )
+        self._pipeline.ask("config" if renew else trigger, time.monotonic(), on_finish, uid=uid, renew=renew)
 
     def _read_environment_again(self) -> None:
         """Notice that the environment file was edited; a broken one changes nothing."""

@@ -179,9 +179,7 @@ def changeable(old: Settings, new: Settings) -> Settings:
     """
     for name, option in _FIXED.items():
         if getattr(old, name) != getattr(new, name):
-            raise UsageError(
-                f"a change of {option} needs a new start of the supervisor; nothing was changed"
-            )
+            raise UsageError(f"a change of {option} needs a new start of the supervisor; nothing was changed")
     return new
 
 

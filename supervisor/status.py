@@ -7,7 +7,7 @@ Everything else has a reason in words. Functions of what is passed in; the JSON 
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from supervisor.fleet import Running
@@ -20,7 +20,7 @@ ANSWER_SECONDS = 5.0
 """Longest wait for an attestation; after it the last one no longer counts."""
 
 
-def in_sync_problem(
+def in_sync_problem(  # noqa: PLR0911 -- one for each reason
     *,
     live: Running | None,
     disk: Manifest | None,

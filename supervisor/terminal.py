@@ -140,7 +140,9 @@ def _status_rows(document: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if document["paused"]:
         rows.append(("paused", "[yellow]no other code is started[/] until `wa-supervisor resume`"))
-    rows.append(("converges", f"within {document['converge_seconds']:g} s of the last change, or says why not"))
+    rows.append(
+        ("converges", f"within {document['converge_seconds']:g} s of the last change, or says why not")
+    )
     rows += [("problem", f"[red]{escape(problem)}[/]") for problem in document["problems"]]
     rows.append(("watch", f"{watch['mode']}, last scan {watch['last_scan_age_seconds']:.1f} s ago"))
     if document["git"]:

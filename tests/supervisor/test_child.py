@@ -335,7 +335,7 @@ def test_exit_status_is_the_applications(
     one.go()
     os.waitid(os.P_PID, one.child.pid, os.WEXITED | os.WNOWAIT)
     assert one.child.ended
-    assert launch.reap(one.child) == how
+    assert str(ends.end_of(launch.reap(one.child))) == how
 
 
 def test_package_watched_by_its_own_folder_is_pinned(

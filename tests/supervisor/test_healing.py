@@ -374,12 +374,12 @@ def test_environment_file_is_watched_and_its_values_stay_secret(
     supervise: Supervise, service: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "environment"
-    file.write_text("# of the service\nTOKEN='first secret'\n", encoding="utf-8")
+    file.write_text("# of the service\nSETTING='first secret'\n", encoding="utf-8")
     started = known_good(supervise, service, *OVERLAP, f"--env-file={file}", "--scan-interval=0.2")
-    assert started.live().environ()["TOKEN"] == "first secret"
-    file.write_text("TOKEN=second secret\n", encoding="utf-8")
+    assert started.live().environ()["SETTING"] == "first secret"
+    file.write_text("SETTING=second secret\n", encoding="utf-8")
     started.expect(r"reload \(config\): live")
-    assert started.live().environ()["TOKEN"] == "second secret"
+    assert started.live().environ()["SETTING"] == "second secret"
     file.write_text("third secret\n", encoding="utf-8")
     started.expect("environment, line 1 is not NAME=value")
     assert "line 1 is not NAME=value" in started.status()["problems"][0]

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from supervisor.lifecycle import Attested, Generation, Stage, State, TreeReady
+from supervisor.events import Attested, TreeReady
+from supervisor.lifecycle import Generation, Stage, State
 from supervisor.manifest import Manifest
+from supervisor.output import Output
 from supervisor.pipeline import Reload
 from supervisor.service import Service
 from supervisor.settings import Options, Target, resolve
@@ -22,13 +24,16 @@ def service(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     options = Options(
         runtime_dir=str(tmp_path / "run"), state_dir=str(tmp_path / "state"), listen="127.0.0.1:0"
     )
-    created = Service(resolve(Target("script", "main.py"), options), {})
+    settings = resolve(Target("script", "main.py"), options)
+    output = Output(tmp_path / "child.log")
+    created = Service(settings, output, lambda: settings, {})
     yield created
     for number in range(1, 4):
         created._fleet.kill(number)
     while created._fleet.manifests:
-        created._fleet.reap()
+        created._fleet.reap(time.monotonic())
     created._close()
+    output.close()
 
 
 def manifest(service: Service, mark: str) -> Manifest:
@@ -48,8 +53,8 @@ def candidate(service: Service, tree: Manifest) -> Reload:
 def test_build_that_ends_as_a_candidate_goes_live_is_launched(service: Service) -> None:
     older, newer = manifest(service, "a"), manifest(service, "b")
     candidate(service, older)
-    service._launching = Reload("watch", time.monotonic(), tree=newer.digest)
-    service._events.extend([Attested(1, None), TreeReady(newer.digest, "watch")])
+    service.happened(Attested(1, None))
+    service.happened(TreeReady(newer.digest, "watch"), Reload("watch", time.monotonic(), tree=newer.digest))
     service._decide()
     assert service._state.live is not None
     assert service._state.live.tree == older.digest
@@ -63,12 +68,11 @@ def test_reload_whose_tree_is_on_its_way_already_ends_with_it(service: Service) 
     told: list[str | None] = []
     asked = Reload("cli", time.monotonic(), tree=tree.digest)
     asked.on_finish.append(lambda reload: told.append(reload.outcome))
-    service._launching = asked
-    service._events.append(TreeReady(tree.digest, "cli"))
+    service.happened(TreeReady(tree.digest, "cli"), asked)
     service._decide()
     assert asked.outcome == "unchanged"
     assert told == []
-    service._events.append(Attested(1, None))
+    service.happened(Attested(1, None))
     service._decide()
     assert under_way.outcome == "live"
     assert told == ["live"]
