@@ -686,10 +686,12 @@ class Service:
     # --- what is published --------------------------------------------------------------------------------
 
     def _problem(self) -> str | None:
+        disk = self._pipeline.disk
+        fault = self._state.quarantine.get(disk.digest) if disk is not None else None
         return in_sync_problem(
             live=self.live,
-            disk=self._pipeline.disk,
-            problem=self._pipeline.problem,
+            disk=disk,
+            problem=f"quarantined: {fault.detail}" if fault is not None else self._pipeline.problem,
             stopping=self._state.stopping,
             paused=self._state.paused,
             now=time.monotonic(),

@@ -671,7 +671,7 @@ def test_helper_whose_time_is_up_names_the_source_that_it_was_at(tmp_path: Path)
     reader, writer = os.pipe()
     process = subprocess.Popen(["sleep", "60"], stdout=writer)  # noqa: S607 -- where the system has it
     os.close(writer)
-    report = CompileJob(process, reader, request, 0.0, frozenset()).expire()
+    report = CompileJob(process, reader, request, 0.0).expire()
     assert report.error == "/tree/m.py: the compile helper was not done after 120 s"
     assert (process.returncode, request.exists()) == (-signal.SIGKILL, False)
 
