@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,9 @@ def until_alone():
     poll.register(0, 0)
     poll.poll()
 
-def cleaned(code="pass"):
+def cleaned(code="pass", **environment):
     code = f"import os, sys, time; {code}; os.write(1, f'{os.getpid()}\\\\n'.encode()); time.sleep(60)"
-    os.execve(sys.executable, [sys.executable, "-S", "-c", code], {})
+    os.execve(sys.executable, [sys.executable, "-S", "-c", code], environment)
 """
 
 
@@ -267,21 +268,115 @@ def test_what_forks_while_it_is_swept_does_not_get_away(tmp_path: Path) -> None:
     assert (left, swept.left) == ([], ())
 
 
-def _not_started_by_us(keeper: Keeper) -> list[bool]:
-    before = subprocess.Popen(program("detached(serve); sleep()"), stdout=subprocess.PIPE)
+HOLDS_ANOTHER = """
+def holder():
+    read, write = os.pipe()
+    if os.fork() == 0:
+        os.setsid()
+        os.write(write, str(os.getpid()).encode())
+        sleep()
+    say(os.getpid(), os.read(read, 20).decode())
+    sleep()
+sys.stdin.readline()
+detached(holder)
+sleep()
+"""
+
+
+def _ends_at_a_look(keeper: Keeper, module_function: str) -> bool:
+    """Sweep a daemon that ends at the moment when it is looked at, and say whether its own child lives."""
+    keeper.start(1, f"say(){HOLDS_ANOTHER}")
+    keeper.start(2, "say(); sleep()")
+    keeper.tell(1)
+    (daemon, lower) = keeper.hear(1)
+    keeper.kill(1)
+    ordinary = getattr(processes, module_function)
+
+    def look_and_end(pid: int) -> Any:
+        found = ordinary(pid) if module_function == "children" else None
+        if lives(daemon) and pid in {daemon, os.getpid()}:
+            os.kill(daemon, signal.SIGKILL)
+            os.waitid(os.P_PID, daemon, os.WEXITED | os.WNOWAIT)
+        return ordinary(pid) if found is None else found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, module_function, look_and_end)
+        keeper.end(1)
+    return lives(lower)
+
+
+@pytest.mark.parametrize("module_function", ["children", "environment"])
+def test_what_ends_while_it_is_looked_at_does_not_hide_whom_it_started(
+    tmp_path: Path, module_function: str
+) -> None:
+    assert not alone(partial(_ends_at_a_look, module_function=module_function), tmp_path)
+
+
+def _not_started_by_us(keeper: Keeper) -> dict[str, Any]:
+    before = subprocess.Popen(
+        program("say(); sys.stdin.readline(); detached(serve); sleep()"),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert before.stdin is not None
     assert before.stdout is not None
-    (its_daemon, _) = map(int, before.stdout.readline().split())
+    before.stdout.readline()
     keeper.families = Families(keeper.socket)
     keeper.start(1, "say(); sleep()")
-    keeper.end(1)
+    before.stdin.write(b"\n")
+    before.stdin.flush()
+    (its_daemon, _) = map(int, before.stdout.readline().split())
+    swept = keeper.end(1)
     alive = [lives(before.pid), lives(its_daemon)]
-    os.kill(its_daemon, signal.SIGKILL)
     before.kill()
-    return alive
+    os.kill(its_daemon, signal.SIGKILL)
+    return {"alive": alive, "daemon": its_daemon, "spared": swept.spared}
 
 
 def test_children_that_were_there_before_us_and_theirs_are_left_alone(tmp_path: Path) -> None:
-    assert alone(_not_started_by_us, tmp_path) == [True, True]
+    facts = alone(_not_started_by_us, tmp_path)
+    assert facts["alive"] == [True, True]
+    assert [name.partition(" ")[0] for name in facts["spared"]] == [str(facts["daemon"])]
+
+
+def _below_a_daemon(keeper: Keeper) -> bool:
+    lower = "(os.fork() or (os.setsid(), cleaned()), sleep())"
+    keeper.start(1, f"say(); sys.stdin.readline(); detached(lambda: {lower}); sleep()")
+    keeper.start(2, "say(); sleep()")
+    keeper.tell(1)
+    (lowest,) = keeper.hear(1)
+    keeper.end(1)
+    return lives(lowest)
+
+
+def test_what_a_daemon_started_without_an_environment_goes_with_it(tmp_path: Path) -> None:
+    assert not alone(_below_a_daemon, tmp_path)
+
+
+def _of_a_supervisor_below(keeper: Keeper) -> bool:
+    (daemon,) = keeper.start(
+        1, "detached(lambda: cleaned(NOTIFY_SOCKET='/elsewhere', WA_GENERATION='2')); sleep()"
+    )
+    time.sleep(0.02)  # Start times have a grain of 10 ms.
+    keeper.start(2, "say(); sleep()")
+    keeper.end(1)
+    return lives(daemon)
+
+
+def test_number_of_another_supervisors_generation_says_nothing(tmp_path: Path) -> None:
+    assert not alone(_of_a_supervisor_below, tmp_path)
+
+
+def _in_the_live_session(keeper: Keeper) -> bool:
+    wrong = f"cleaned(NOTIFY_SOCKET={str(keeper.socket)!r}, WA_GENERATION='7')"
+    keeper.start(1, "say(); sleep()")
+    (orphan,) = keeper.start(2, f"os.fork() or (os.fork() or {wrong}, os._exit(0)); os.wait(); sleep()")
+    keeper.end(1)
+    return lives(orphan)
+
+
+def test_session_of_the_live_generation_counts_more_than_an_environment(tmp_path: Path) -> None:
+    assert alone(_in_the_live_session, tmp_path)
 
 
 def _does_not_die(keeper: Keeper) -> list[Any]:
