@@ -24,7 +24,7 @@ import psutil
 import pytest
 
 from supervisor import orphans, processes
-from supervisor.orphans import Families, Swept
+from supervisor.orphans import Lineages, Swept
 from supervisor.processes import Identity
 from tests.supervisor.harness import DEADLINE_SECONDS, is_gone
 
@@ -40,8 +40,11 @@ def detached(then):
     "Run a function in a process that nothing but the subreaper holds."
     if os.fork() == 0:
         os.setsid()
+        between = os.getpid()
         if os.fork() == 0:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            while os.getppid() == between:
+                time.sleep(0.001)
             then()
         os._exit(0)
     os.wait()
@@ -77,7 +80,7 @@ class Keeper:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
         assert orphans.become_subreaper()
         self.socket = folder / "notify.sock"
-        self.families = Families(self.socket)
+        self.lineages = Lineages(self.socket)
         self.mains: dict[int, subprocess.Popen[bytes]] = {}
 
     def start(self, number: int, code: str) -> list[int]:
@@ -89,7 +92,7 @@ class Keeper:
             stdout=subprocess.PIPE,
             start_new_session=True,
         )
-        self.families.add(number, self.mains[number].pid)
+        self.lineages.add(number, self.mains[number].pid)
         return self.hear(number)
 
     def hear(self, number: int) -> list[int]:
@@ -105,7 +108,7 @@ class Keeper:
         os.waitid(os.P_PID, main.pid, os.WEXITED | os.WNOWAIT)
         while not (swept := self.sweep(number)).over:
             assert signal.sigtimedwait({signal.SIGCHLD}, DEADLINE_SECONDS) is not None, swept
-        self.families.remove(number)
+        self.lineages.remove(number)
         main.wait()
         del self.mains[number]
         return swept
@@ -123,7 +126,7 @@ class Keeper:
         stream.flush()
 
     def sweep(self, number: int) -> Swept:
-        return self.families.sweep(number, known=(), now=time.monotonic())
+        return self.lineages.sweep(number, known=(), now=time.monotonic())
 
     def finish(self) -> None:
         for number in list(self.mains):
@@ -182,7 +185,7 @@ def _generations_side_by_side(keeper: Keeper) -> list[bool]:
     return [*first, lives(new), lives(newest)]
 
 
-def test_only_the_family_of_the_generation_that_ended_is_killed(tmp_path: Path) -> None:
+def test_only_the_lineage_of_the_generation_that_ended_is_killed(tmp_path: Path) -> None:
     assert alone(_generations_side_by_side, tmp_path) == [False, True, True, False]
 
 
@@ -222,7 +225,7 @@ def _seen_while_its_parent_lived(keeper: Keeper) -> bool:
     keeper.start(2, "say(); sleep()")
     keeper.tell(1)
     (helper,) = keeper.hear(1)
-    keeper.families.look(1)
+    keeper.lineages.look(1)
     keeper.end(1)
     return lives(helper)
 
@@ -239,7 +242,7 @@ def _deep(keeper: Keeper) -> list[bool]:
     return [lives(lowest), lives(keeper.mains[2].pid)]
 
 
-def test_family_of_a_daemon_is_killed_level_by_level(tmp_path: Path) -> None:
+def test_lineage_of_a_daemon_is_killed_level_by_level(tmp_path: Path) -> None:
     assert alone(_deep, tmp_path) == [False, True]
 
 
@@ -321,7 +324,7 @@ def _not_started_by_us(keeper: Keeper) -> dict[str, Any]:
     assert before.stdin is not None
     assert before.stdout is not None
     before.stdout.readline()
-    keeper.families = Families(keeper.socket)
+    keeper.lineages = Lineages(keeper.socket)
     keeper.start(1, "say(); sleep()")
     before.stdin.write(b"\n")
     before.stdin.flush()
@@ -384,7 +387,7 @@ def _does_not_die(keeper: Keeper) -> list[Any]:
     keeper.kill(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(orphans, "_kill", lambda _: True)
-        turns = [keeper.families.sweep(1, known=(), now=now) for now in (0.0, 0.9, 1.0)]
+        turns = [keeper.lineages.sweep(1, known=(), now=now) for now in (0.0, 0.9, 1.0)]
     os.kill(daemon, signal.SIGKILL)
     return [daemon, *turns]
 
@@ -399,7 +402,7 @@ def test_what_does_not_die_is_named_when_its_time_is_up(tmp_path: Path) -> None:
 def _not_ours_to_signal(keeper: Keeper) -> tuple[int, Swept]:
     code = "detached(lambda: (say(os.getpid()), until_alone())); sys.stdin.readline()"
     (daemon,) = keeper.start(1, code)
-    keeper.families.look(1)
+    keeper.lineages.look(1)
     os.setresuid(65534, 65534, 65534)
     keeper.tell(1)
     swept = keeper.end(1, kill=False)
@@ -420,12 +423,12 @@ def test_process_of_another_user_is_named_and_not_waited_for(tmp_path: Path) -> 
 def _strays(keeper: Keeper) -> dict[str, Any]:
     (stray,) = keeper.start(1, "detached(lambda: (say(os.getpid()), os._exit(3))); sleep()")
     os.waitid(os.P_PID, stray, os.WEXITED | os.WNOWAIT)
-    reaped = keeper.families.reap_strays(())
+    reaped = keeper.lineages.reap_strays(())
     helper = subprocess.Popen(program("sys.exit(7)"))
     os.waitid(os.P_PID, helper.pid, os.WEXITED | os.WNOWAIT)
-    not_stolen = keeper.families.reap_strays({helper.pid})
+    not_stolen = keeper.lineages.reap_strays({helper.pid})
     keeper.kill(1)
-    others = [not_stolen, keeper.families.reap_strays({helper.pid})]
+    others = [not_stolen, keeper.lineages.reap_strays({helper.pid})]
     statuses = [helper.wait(), keeper.mains.pop(1).wait()]
     return {"stray": stray, "reaped": reaped, "others": others, "statuses": statuses}
 
