@@ -112,7 +112,7 @@ class Fleet:
         self._happened = happened
         self._metrics = metrics
         self._suspected = suspected
-        self._families = orphans.Families(notify_socket)
+        self._lineages = orphans.Lineages(notify_socket)
         self._output = output
         self._helpers = helpers
         # By its name: the folder may be removed and made anew, and ours would be the removed one.
@@ -146,7 +146,7 @@ class Fleet:
         )
         with self._output.attach(number) as pipes:
             child = launch.launch(request, pipes.stdout, pipes.stderr)
-        self._families.add(number, child.pid)
+        self._lineages.add(number, child.pid)
         running = Running(number, manifest, child, time.time(), time.monotonic(), commit)
         self._running[number] = running
         self._selector.register(child.channel, selectors.EVENT_READ, lambda: self._readable(running))
@@ -178,14 +178,14 @@ class Fleet:
         if running.look is not None and running.look.stopped:
             self.kill(number)
         else:
-            self._families.look(number)
+            self._lineages.look(number)
             running.child.abort()
 
     def terminate(self, number: int) -> None:
         """Send SIGTERM."""
         running = self._running.get(number)
         if running is not None:
-            self._families.look(number)
+            self._lineages.look(number)
             running.child.terminate()
 
     def kill(self, number: int) -> None:
@@ -193,7 +193,7 @@ class Fleet:
         running = self._running.get(number)
         if running is not None:
             running.killed = True
-            self._families.look(number)
+            self._lineages.look(number)
             running.child.kill_group()
 
     # --- events -------------------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ class Fleet:
         for running in list(self._running.values()):
             if running.child.ended and self._swept(running, now):
                 self._collect(running, now)
-        self._families.reap_strays(self._helpers())
+        self._lineages.reap_strays(self._helpers())
 
     def deadline(self, now: float) -> float | None:
         """Return when :meth:`reap` is to look again although no process has ended."""
@@ -211,7 +211,7 @@ class Fleet:
         return now + _SWEEP_LOOK_SECONDS if sweeping else None
 
     def _swept(self, running: Running, now: float) -> bool:
-        swept = self._families.sweep(running.number, known=self._helpers(), now=now)
+        swept = self._lineages.sweep(running.number, known=self._helpers(), now=now)
         if swept.over and swept.killed:
             killed = ", ".join(swept.killed)
             log.warning("killed what generation %d left behind: %s", running.number, killed)
@@ -229,7 +229,7 @@ class Fleet:
             by_us=running.killed,
         )
         del self._running[running.number]
-        self._families.remove(running.number)
+        self._lineages.remove(running.number)
         self._remember_ending(running, end, now)
         error = running.failure.get("error")
         self._happened(
@@ -267,7 +267,7 @@ class Fleet:
         """Remember what will be needed when a process has ended; for now and then."""
         self._kills_before = self._kills.read()
         for number in self._running:
-            self._families.look(number)
+            self._lineages.look(number)
 
     @property
     def identities(self) -> dict[int, processes.Identity]:

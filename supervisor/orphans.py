@@ -11,10 +11,10 @@ children of ours that we did not start, and two things follow:
 - a stranger's pid cannot be given away before we collect him: a signal never reaches somebody else.
 
 The rule: **never kill what may be the live generation's**, or what was our child before there was any
-generation (``helper & exec wa-supervisor …``). A stranger's family is told by, in this order
+generation (``helper & exec wa-supervisor …``). A stranger's lineage is told by, in this order
 
 1. his session, if it is that of a main process (whose pid must not have been collected yet);
-2. what was seen: :meth:`Families.look` remembers the descendants of a main process while it lives, and a
+2. what was seen: :meth:`Lineages.look` remembers the descendants of a main process while it lives, and a
    sweep those of everyone whom it kills;
 3. his environment: our ``NOTIFY_SOCKET`` with ``WA_GENERATION`` (of the program that he last started; forks
    keep it). Of a generation that has no process any more: nobody's, and killed;
@@ -25,7 +25,8 @@ One reaper per pid: strangers are collected here, and never what somebody else w
 Not covered:
 
 - a stranger of whom 1 to 3 say nothing (environment cleaned or overwritten, session of his own, never seen)
-  and who is younger than another generation's main process is spared, and named. He ends with that one;
+  and who is younger than another generation's main process, or than a child that was there before us, is
+  spared, and named. He ends with the first generation of which that is no longer so;
 - what other services start at a process's request (systemd-run, at, a container engine) descends from them,
   not from us; of what an earlier supervisor left, see :func:`sweep_earlier`;
 - what belongs to another user (setuid) may not be signalled, and what hangs in the kernel (state D) does not
@@ -80,7 +81,7 @@ class Swept:
 
 
 @dataclass
-class _Family:
+class _Lineage:
     """A main process and who descends from it.
 
     Attributes:
@@ -119,7 +120,7 @@ def become_subreaper() -> bool:
     return bool(prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0)
 
 
-class Families:
+class Lineages:
     """All generations that have a process, and who descends from whom.
 
     To be made before the first child is started: children that are there already belong to nobody's
@@ -131,23 +132,23 @@ class Families:
 
     def __init__(self, notify_socket: Path) -> None:
         self._notify_socket = os.fsencode(notify_socket)
-        self._generations: dict[int, _Family] = {}
+        self._generations: dict[int, _Lineage] = {}
         found = map(processes.read, processes.children(os.getpid()))
-        self._bystanders = {process.pid: _Family(None, process) for process in found if process is not None}
+        self._bystanders = {process.pid: _Lineage(None, process) for process in found if process is not None}
 
     def add(self, number: int, pid: int) -> None:
         """Take up a generation whose main process was started."""
         main = processes.read(pid) or Process(pid, "", "", os.getpid(), pid, 0, 0)
         self._bystanders.pop(pid, None)
-        self._generations[number] = _Family(number, main)
+        self._generations[number] = _Lineage(number, main)
 
     def look(self, number: int) -> None:
         """Remember who descends from a main process now; once it has ended, nothing else may tell.
 
         For before it is asked to stop or killed, and for now and then. Takes some 30 microseconds for each.
         """
-        family = self._generations[number]
-        family.look(family.main.pid)
+        lineage = self._generations[number]
+        lineage.look(lineage.main.pid)
 
     def sweep(self, number: int, *, known: Collection[int], now: float) -> Swept:
         """Kill and collect what is left of a generation, as far as it goes without waiting.
@@ -161,15 +162,17 @@ class Families:
             now: monotonic time.
 
         Returns:
-            How far it is; over at the latest :data:`SWEEP_SECONDS` after its first turn.
+            How far it is; over at the latest :data:`SWEEP_SECONDS` after its first turn. Each death on the
+            way is a SIGCHLD.
         """
-        family = self._generations[number]
-        if family.deadline is None:
-            family.deadline = now + SWEEP_SECONDS
+        lineage = self._generations[number]
+        if lineage.deadline is None:
+            lineage.deadline = now + SWEEP_SECONDS
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(family.main.pid, signal.SIGKILL)
+                os.killpg(lineage.main.pid, signal.SIGKILL)
         left: list[Process] = []
         spared: list[Process] = []
+        stirred = True
         for _ in range(_ROUNDS):
             left, spared, stirred = [], [], False
             for pid in self._strangers(known):
@@ -179,23 +182,23 @@ class Families:
                 stranger = processes.read(pid)
                 if stranger is None:
                     continue  # Of another user, whose processes we may not even see.
-                if stranger.key not in family.killed:
-                    if not self._owns(family, stranger):
+                if stranger.key not in lineage.killed:
+                    if not self._owns(lineage, stranger):
                         (left if _is_ending(pid) else spared).append(stranger)
                         continue
-                    family.look(pid)
-                    family.killed[stranger.key] = str(stranger)
+                    lineage.look(pid)
+                    lineage.killed[stranger.key] = str(stranger)
                     if not _kill(pid):
-                        family.refused.add(stranger.key)
+                        lineage.refused.add(stranger.key)
                     stirred = True
                 left.append(stranger)
             if not stirred:
                 break
         keys = {stranger.key for stranger in left}
         return Swept(
-            over=keys <= family.refused or now >= family.deadline,
-            killed=tuple(name for key, name in family.killed.items() if key not in keys),
-            left=tuple(_why(p, refused=p.key in family.refused) for p in left),
+            over=(not stirred and keys <= lineage.refused) or now >= lineage.deadline,
+            killed=tuple(name for key, name in lineage.killed.items() if key not in keys),
+            left=tuple(_why(p, refused=p.key in lineage.refused) for p in left),
             spared=tuple(map(str, spared)),
         )
 
@@ -211,7 +214,7 @@ class Families:
                 or a main process, that has ended hides those behind it until it is collected.
         """
         reaped: list[int] = []
-        owned = {*known, *(family.main.pid for family in self._generations.values())}
+        owned = {*known, *(lineage.main.pid for lineage in self._generations.values())}
         while (pid := _ended_child()) is not None and pid not in owned:
             _collect(pid)
             self._bystanders.pop(pid, None)
@@ -220,12 +223,12 @@ class Families:
 
     def _strangers(self, known: Collection[int]) -> list[int]:
         """Return the pids of our children that we did not start, nor find at the start."""
-        mains = (family.main.pid for family in self._generations.values())
+        mains = (lineage.main.pid for lineage in self._generations.values())
         not_strange = {*known, *self._bystanders, *mains}
         return [pid for pid in processes.children(os.getpid()) if pid not in not_strange]
 
-    def _owns(self, family: _Family, stranger: Process) -> bool:
-        if family.knows(stranger):
+    def _owns(self, lineage: _Lineage, stranger: Process) -> bool:
+        if lineage.knows(stranger):
             return True
         running = [other for other in self._generations.values() if other.deadline is None]
         others = [*running, *self._bystanders.values()]

@@ -687,8 +687,7 @@ HANGING = """\
 import os, re, signal, threading, time
 
 def stuck():
-    open("hangs", "w").close()
-    {}
+    open("hangs", "w").close(); {}
 
 {}
 threading.Thread(target=threading.Event().wait, name="another", daemon=True).start()
@@ -730,7 +729,7 @@ def test_child_that_hangs_says_where_and_ends(
     assert ended is not None
     assert ended.si_status == signal.SIGABRT
     assert printed.startswith("Fatal Python error: Aborted\n")
-    assert 'main.py", line 5 in stuck\n' in printed
+    assert 'main.py", line 4 in stuck\n' in printed
     assert 'threading.py", line ' in printed  # All threads.
 
 

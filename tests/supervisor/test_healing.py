@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.supervisor.harness import SUPERVISOR, Supervised, is_gone
+from tests.supervisor.harness import DEADLINE_SECONDS, SUPERVISOR, Supervised, is_gone
 
 Supervise = Callable[..., Supervised]
 
@@ -69,6 +70,14 @@ def known_good(supervise: Supervise, tree: Path, *arguments: str, **environment:
 def history(started: Supervised) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = json.loads(started.command("history", "--json").stdout)
     return records
+
+
+def until(true: Callable[[], bool]) -> None:
+    """Wait for something that tells nobody when it happens."""
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not true():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.005)
 
 
 def restart_record(started: Supervised) -> dict[str, Any]:
@@ -363,7 +372,10 @@ def test_changed_setting_makes_a_new_generation_of_the_same_tree(
         ["WATCHDOG_USEC=", ""]
     )
     assert started.reload()["outcome"] == "unchanged"
-    for text, why in [("watchdog = 'x'\n", "watchdog"), ("watchdog = 20\nwatch = ['..']\n", "a change of watch")]:
+    for text, why in [
+        ("watchdog = 'x'\n", "watchdog"),
+        ("watchdog = 20\nwatch = ['..']\n", "a change of watch"),
+    ]:
         config.write_text(text, encoding="utf-8")
         refused = started.command("reload")
         assert refused.returncode == 1

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import psutil
 import pytest
 
 from supervisor import orphans, processes
-from supervisor.orphans import Families, Swept
+from supervisor.orphans import Lineages, Swept
 from supervisor.processes import Identity
 from tests.supervisor.harness import DEADLINE_SECONDS, is_gone
 
@@ -39,8 +40,11 @@ def detached(then):
     "Run a function in a process that nothing but the subreaper holds."
     if os.fork() == 0:
         os.setsid()
+        between = os.getpid()
         if os.fork() == 0:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            while os.getppid() == between:
+                time.sleep(0.001)
             then()
         os._exit(0)
     os.wait()
@@ -59,9 +63,9 @@ def until_alone():
     poll.register(0, 0)
     poll.poll()
 
-def cleaned(code="pass"):
+def cleaned(code="pass", **environment):
     code = f"import os, sys, time; {code}; os.write(1, f'{os.getpid()}\\\\n'.encode()); time.sleep(60)"
-    os.execve(sys.executable, [sys.executable, "-S", "-c", code], {})
+    os.execve(sys.executable, [sys.executable, "-S", "-c", code], environment)
 """
 
 
@@ -76,7 +80,7 @@ class Keeper:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
         assert orphans.become_subreaper()
         self.socket = folder / "notify.sock"
-        self.families = Families(self.socket)
+        self.lineages = Lineages(self.socket)
         self.mains: dict[int, subprocess.Popen[bytes]] = {}
 
     def start(self, number: int, code: str) -> list[int]:
@@ -88,7 +92,7 @@ class Keeper:
             stdout=subprocess.PIPE,
             start_new_session=True,
         )
-        self.families.add(number, self.mains[number].pid)
+        self.lineages.add(number, self.mains[number].pid)
         return self.hear(number)
 
     def hear(self, number: int) -> list[int]:
@@ -104,7 +108,7 @@ class Keeper:
         os.waitid(os.P_PID, main.pid, os.WEXITED | os.WNOWAIT)
         while not (swept := self.sweep(number)).over:
             assert signal.sigtimedwait({signal.SIGCHLD}, DEADLINE_SECONDS) is not None, swept
-        self.families.remove(number)
+        self.lineages.remove(number)
         main.wait()
         del self.mains[number]
         return swept
@@ -122,7 +126,7 @@ class Keeper:
         stream.flush()
 
     def sweep(self, number: int) -> Swept:
-        return self.families.sweep(number, known=(), now=time.monotonic())
+        return self.lineages.sweep(number, known=(), now=time.monotonic())
 
     def finish(self) -> None:
         for number in list(self.mains):
@@ -181,7 +185,7 @@ def _generations_side_by_side(keeper: Keeper) -> list[bool]:
     return [*first, lives(new), lives(newest)]
 
 
-def test_only_the_family_of_the_generation_that_ended_is_killed(tmp_path: Path) -> None:
+def test_only_the_lineage_of_the_generation_that_ended_is_killed(tmp_path: Path) -> None:
     assert alone(_generations_side_by_side, tmp_path) == [False, True, True, False]
 
 
@@ -221,7 +225,7 @@ def _seen_while_its_parent_lived(keeper: Keeper) -> bool:
     keeper.start(2, "say(); sleep()")
     keeper.tell(1)
     (helper,) = keeper.hear(1)
-    keeper.families.look(1)
+    keeper.lineages.look(1)
     keeper.end(1)
     return lives(helper)
 
@@ -238,7 +242,7 @@ def _deep(keeper: Keeper) -> list[bool]:
     return [lives(lowest), lives(keeper.mains[2].pid)]
 
 
-def test_family_of_a_daemon_is_killed_level_by_level(tmp_path: Path) -> None:
+def test_lineage_of_a_daemon_is_killed_level_by_level(tmp_path: Path) -> None:
     assert alone(_deep, tmp_path) == [False, True]
 
 
@@ -267,21 +271,115 @@ def test_what_forks_while_it_is_swept_does_not_get_away(tmp_path: Path) -> None:
     assert (left, swept.left) == ([], ())
 
 
-def _not_started_by_us(keeper: Keeper) -> list[bool]:
-    before = subprocess.Popen(program("detached(serve); sleep()"), stdout=subprocess.PIPE)
+HOLDS_ANOTHER = """
+def holder():
+    read, write = os.pipe()
+    if os.fork() == 0:
+        os.setsid()
+        os.write(write, str(os.getpid()).encode())
+        sleep()
+    say(os.getpid(), os.read(read, 20).decode())
+    sleep()
+sys.stdin.readline()
+detached(holder)
+sleep()
+"""
+
+
+def _ends_at_a_look(keeper: Keeper, module_function: str) -> bool:
+    """Sweep a daemon that ends at the moment when it is looked at, and say whether its own child lives."""
+    keeper.start(1, f"say(){HOLDS_ANOTHER}")
+    keeper.start(2, "say(); sleep()")
+    keeper.tell(1)
+    (daemon, lower) = keeper.hear(1)
+    keeper.kill(1)
+    ordinary = getattr(processes, module_function)
+
+    def look_and_end(pid: int) -> Any:
+        found = ordinary(pid) if module_function == "children" else None
+        if lives(daemon) and pid in {daemon, os.getpid()}:
+            os.kill(daemon, signal.SIGKILL)
+            os.waitid(os.P_PID, daemon, os.WEXITED | os.WNOWAIT)
+        return ordinary(pid) if found is None else found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, module_function, look_and_end)
+        keeper.end(1)
+    return lives(lower)
+
+
+@pytest.mark.parametrize("module_function", ["children", "environment"])
+def test_what_ends_while_it_is_looked_at_does_not_hide_whom_it_started(
+    tmp_path: Path, module_function: str
+) -> None:
+    assert not alone(partial(_ends_at_a_look, module_function=module_function), tmp_path)
+
+
+def _not_started_by_us(keeper: Keeper) -> dict[str, Any]:
+    before = subprocess.Popen(
+        program("say(); sys.stdin.readline(); detached(serve); sleep()"),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert before.stdin is not None
     assert before.stdout is not None
-    (its_daemon, _) = map(int, before.stdout.readline().split())
-    keeper.families = Families(keeper.socket)
+    before.stdout.readline()
+    keeper.lineages = Lineages(keeper.socket)
     keeper.start(1, "say(); sleep()")
-    keeper.end(1)
+    before.stdin.write(b"\n")
+    before.stdin.flush()
+    (its_daemon, _) = map(int, before.stdout.readline().split())
+    swept = keeper.end(1)
     alive = [lives(before.pid), lives(its_daemon)]
-    os.kill(its_daemon, signal.SIGKILL)
     before.kill()
-    return alive
+    os.kill(its_daemon, signal.SIGKILL)
+    return {"alive": alive, "daemon": its_daemon, "spared": swept.spared}
 
 
 def test_children_that_were_there_before_us_and_theirs_are_left_alone(tmp_path: Path) -> None:
-    assert alone(_not_started_by_us, tmp_path) == [True, True]
+    facts = alone(_not_started_by_us, tmp_path)
+    assert facts["alive"] == [True, True]
+    assert [name.partition(" ")[0] for name in facts["spared"]] == [str(facts["daemon"])]
+
+
+def _below_a_daemon(keeper: Keeper) -> bool:
+    lower = "(os.fork() or (os.setsid(), cleaned()), sleep())"
+    keeper.start(1, f"say(); sys.stdin.readline(); detached(lambda: {lower}); sleep()")
+    keeper.start(2, "say(); sleep()")
+    keeper.tell(1)
+    (lowest,) = keeper.hear(1)
+    keeper.end(1)
+    return lives(lowest)
+
+
+def test_what_a_daemon_started_without_an_environment_goes_with_it(tmp_path: Path) -> None:
+    assert not alone(_below_a_daemon, tmp_path)
+
+
+def _of_a_supervisor_below(keeper: Keeper) -> bool:
+    (daemon,) = keeper.start(
+        1, "detached(lambda: cleaned(NOTIFY_SOCKET='/elsewhere', WA_GENERATION='2')); sleep()"
+    )
+    time.sleep(0.02)  # Start times have a grain of 10 ms.
+    keeper.start(2, "say(); sleep()")
+    keeper.end(1)
+    return lives(daemon)
+
+
+def test_number_of_another_supervisors_generation_says_nothing(tmp_path: Path) -> None:
+    assert not alone(_of_a_supervisor_below, tmp_path)
+
+
+def _in_the_live_session(keeper: Keeper) -> bool:
+    wrong = f"cleaned(NOTIFY_SOCKET={str(keeper.socket)!r}, WA_GENERATION='7')"
+    keeper.start(1, "say(); sleep()")
+    (orphan,) = keeper.start(2, f"os.fork() or (os.fork() or {wrong}, os._exit(0)); os.wait(); sleep()")
+    keeper.end(1)
+    return lives(orphan)
+
+
+def test_session_of_the_live_generation_counts_more_than_an_environment(tmp_path: Path) -> None:
+    assert alone(_in_the_live_session, tmp_path)
 
 
 def _does_not_die(keeper: Keeper) -> list[Any]:
@@ -289,7 +387,7 @@ def _does_not_die(keeper: Keeper) -> list[Any]:
     keeper.kill(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(orphans, "_kill", lambda _: True)
-        turns = [keeper.families.sweep(1, known=(), now=now) for now in (0.0, 0.9, 1.0)]
+        turns = [keeper.lineages.sweep(1, known=(), now=now) for now in (0.0, 0.9, 1.0)]
     os.kill(daemon, signal.SIGKILL)
     return [daemon, *turns]
 
@@ -304,7 +402,7 @@ def test_what_does_not_die_is_named_when_its_time_is_up(tmp_path: Path) -> None:
 def _not_ours_to_signal(keeper: Keeper) -> tuple[int, Swept]:
     code = "detached(lambda: (say(os.getpid()), until_alone())); sys.stdin.readline()"
     (daemon,) = keeper.start(1, code)
-    keeper.families.look(1)
+    keeper.lineages.look(1)
     os.setresuid(65534, 65534, 65534)
     keeper.tell(1)
     swept = keeper.end(1, kill=False)
@@ -325,12 +423,12 @@ def test_process_of_another_user_is_named_and_not_waited_for(tmp_path: Path) -> 
 def _strays(keeper: Keeper) -> dict[str, Any]:
     (stray,) = keeper.start(1, "detached(lambda: (say(os.getpid()), os._exit(3))); sleep()")
     os.waitid(os.P_PID, stray, os.WEXITED | os.WNOWAIT)
-    reaped = keeper.families.reap_strays(())
+    reaped = keeper.lineages.reap_strays(())
     helper = subprocess.Popen(program("sys.exit(7)"))
     os.waitid(os.P_PID, helper.pid, os.WEXITED | os.WNOWAIT)
-    not_stolen = keeper.families.reap_strays({helper.pid})
+    not_stolen = keeper.lineages.reap_strays({helper.pid})
     keeper.kill(1)
-    others = [not_stolen, keeper.families.reap_strays({helper.pid})]
+    others = [not_stolen, keeper.lineages.reap_strays({helper.pid})]
     statuses = [helper.wait(), keeper.mains.pop(1).wait()]
     return {"stray": stray, "reaped": reaped, "others": others, "statuses": statuses}
 
