@@ -139,6 +139,10 @@ def test_every_option_is_a_key_of_the_file_spelt_as_the_flag(script: Target, tmp
         quiet = 0
         scan-interval = 3
         verify-interval = 4
+        probation = 0
+        max-memory = 1000
+        max-age = 5.5
+        env-file = "environment"
         runtime-dir = "run"
         state-dir = "state"
         listen = "localhost:1"
