@@ -727,6 +727,8 @@ class Service:
 
     def _close(self) -> None:
         self._pipeline.close()
+        for job in self._judging.values():
+            job.cancel()
         self._watcher.close()
         self._web.close()
         self._notify_socket.close()

@@ -162,7 +162,7 @@ def test_program_that_makes_and_rebinds_functions_while_it_works_is_no_alarm(
         verified = control.request(started.runtime, "verify")["verify"]
         assert verified["functions"]["foreign"] == []
         assert verified["in_sync"]
-        assert verified["functions"]["checked"] >= 15
+        assert verified["functions"]["checked"] >= 10  # While frozen, what modules hold is still seen.
     assert started.status()["live"]["generation"] == 1
     started.process.terminate()
     done = started.expect(r"failures: \[\] most rounds: (\d+) in all: 6")
