@@ -485,6 +485,7 @@ class AnythingCanHappen(RuleBasedStateMachine):
         self.stopped = False
         self.tree_of: dict[int, str] = {}
         self.went_live: set[int] = set()
+        self.killed: set[int] = set()
 
     def may_be_launched(self, tree: str, trigger: str) -> bool:
         """Whether a launch is allowed: during a pause what was tried before it, and what he asks for."""
@@ -503,6 +504,8 @@ class AnythingCanHappen(RuleBasedStateMachine):
                     assert number in self.proven, "told to go without an attestation"
                     assert self.policy.overlap or not self.alive & self.gone_through, "two mains"
                     self.gone_through.add(number)
+                case Kill(number):
+                    self.killed.add(number)
                 case Report(number, "rolled_back") if number in self.went_live:
                     assert self.run.state.known_good, "rolled back to nothing"
                 case Report(number, outcome):
@@ -572,6 +575,36 @@ class AnythingCanHappen(RuleBasedStateMachine):
     def operator_stops(self) -> None:
         self.stopped = True
         self.happens(StopRequested())
+
+    def teardown(self) -> None:
+        """From wherever that led: once the children behave, something serves, and in bounded time."""
+        if self.stopped:
+            return
+        self.happens(ResumeRequested())
+        self.happens(TreeSeen("z"))
+        self.happens(TreeReady("z", "watch"))
+        began, policy = self.run.now, self.policy
+        bound = policy.ready_timeout_seconds + policy.stop_timeout_seconds + policy.backoff_cap_seconds
+        while (live := self.run.state.live) is None or live.tree != "z":
+            assert self.run.now - began <= bound, f"not in sync: {self.run.state}"
+            candidate = self.run.state.candidate
+            if candidate is not None and candidate.stage is Stage.LAUNCHED:
+                self.happens(Imported(candidate.number))
+                self.attest(candidate.number)
+            elif candidate is not None and candidate.stage is Stage.STARTED:
+                self.happens(Ready(candidate.number))
+                self.attest(candidate.number)
+            self.happens(Tick(), 1.0)
+            self.end_those_that_were_killed()
+
+    def attest(self, number: int) -> None:
+        self.proven.add(number)
+        self.happens(Attested(number, None))
+
+    def end_those_that_were_killed(self) -> None:
+        for number in sorted(self.killed & self.alive):
+            self.alive.discard(number)
+            self.happens(Exited(number, "signal SIGKILL"))
 
     @invariant()
     def processes_are_those_of_the_state(self) -> None:
