@@ -142,7 +142,9 @@ class Generation:
         ready: it said READY=1.
         attested: it was attested since it was told to go.
         was_started: it was told to go, so it may be at work.
-        served_probation: the next proof of its code makes its tree known good.
+        served_probation: its tree is known good once it has shown nothing wrong from here on:
+        proof_due: a proof of its code is still to come,
+        beat_due: and a sign of life.
         killed_for: why we killed it, if we did; becomes the cause of its end.
     """
 
@@ -158,6 +160,8 @@ class Generation:
     attested: bool = False
     was_started: bool = False
     served_probation: bool = False
+    proof_due: bool = False
+    beat_due: bool = False
     killed_for: str | None = None
 
     def next_at(self) -> float | None:
@@ -347,7 +351,8 @@ class _Step:
         seconds = max(event.extend_seconds, self.policy.watchdog_seconds)
         live, candidate = self._live(event.number), self._candidate(event.number)
         if live is not None and live.deadline is not None and live.killed_for is None:
-            self._set_live(replace(live, deadline=self.now + seconds))
+            self._set_live(replace(live, deadline=self.now + seconds, beat_due=False))
+            self._promote_tree_if_due()
         elif candidate is not None and event.extend_seconds and candidate.deadline is not None:
             later = max(candidate.deadline, self.now + event.extend_seconds)
             self._set_candidate(replace(candidate, deadline=later))
@@ -377,7 +382,9 @@ class _Step:
                 self._overdue(generation)
         live = self.state.live
         if live is not None and live.probation_until is not None and live.probation_until <= self.now:
-            self._set_live(replace(live, probation_until=None, served_probation=True))
+            watched = live.deadline is not None  # Its silence may have begun on probation.
+            due = replace(live, served_probation=True, proof_due=True, beat_due=watched)
+            self._set_live(replace(due, probation_until=None))
             self.actions.append(Attest(live.number))
         live = self.state.live
         if live is not None and live.renew_at is not None and live.renew_at <= self.now:
@@ -514,7 +521,13 @@ class _Step:
     def _live_attested(self, live: Generation, event: Attested) -> None:
         if event.problem is not None:
             self._live_mismatched(live, event.problem)
-        elif live.served_probation:
+        else:
+            self._set_live(replace(live, proof_due=False))
+            self._promote_tree_if_due()
+
+    def _promote_tree_if_due(self) -> None:
+        live = self.state.live
+        if live is not None and live.served_probation and not (live.proof_due or live.beat_due):
             self._set_live(replace(live, served_probation=False))
             others = (tree for tree in self.state.known_good if tree != live.tree)
             known_good = (live.tree, *others)[:KNOWN_GOOD_KEPT]

@@ -43,6 +43,8 @@ class Reporting:
         self._stale: Sequence[str] = ()
         self._unwritable: frozenset[str] = frozenset()
         self._setting_problem: str | None = None
+        self.ended: str | None = None
+        """One sentence about the last live child that is started again, or replaced, because of a fault."""
         self._in_sync_since: float | None = None
         self._down_since: float | None = None
         self._code_info: tuple[str | None, str | None] | None = None
@@ -83,13 +85,11 @@ class Reporting:
     def restarting(self, action: Restarting) -> None:
         """Tell of a live child that is to be replaced because of a fault."""
         self._metrics.child_restarts.labels(action.cause).inc()
-        log.error(
-            "generation %d: %s (%s); starting again in %.2f s",
-            action.number,
-            action.cause,
-            action.detail,
-            action.wait_seconds,
+        self.ended = (
+            f"generation {action.number}: {action.cause} ({action.detail}); "
+            f"starting again in {action.wait_seconds:.2f} s"
         )
+        log.error("%s", self.ended)
 
     def promoted(self, action: Promoted) -> None:
         """Tell of a tree that has served its probation."""

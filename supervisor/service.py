@@ -694,6 +694,7 @@ class Service:
             problem=f"quarantined: {fault.detail}" if fault is not None else self._pipeline.problem,
             stopping=self._state.stopping,
             paused=self._state.paused,
+            ended=self._reporting.ended,
             now=time.monotonic(),
         )
 

@@ -27,6 +27,7 @@ def in_sync_problem(  # noqa: PLR0911 -- one for each reason
     problem: str | None,
     stopping: bool,
     paused: bool,
+    ended: str | None,
     now: float,
 ) -> str | None:
     """Return why the running code is not, or not provably, the code on disk; None if it is.
@@ -37,12 +38,13 @@ def in_sync_problem(  # noqa: PLR0911 -- one for each reason
         problem: why what is on disk may not run.
         stopping: the operator asked to stop.
         paused: the operator asked for no other code than what runs.
+        ended: what became of the last live generation, for as long as there is no other.
         now: monotonic time.
     """
     if stopping:
         return "stopping"
     if live is None:
-        return problem or "no generation is live yet"
+        return problem or ended or "no generation is live yet"
     if disk is None:
         return problem or "the tree has not been read yet"
     if live.manifest.digest != disk.digest:

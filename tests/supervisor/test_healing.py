@@ -459,14 +459,18 @@ def test_last_lines_of_the_child_are_kept_and_followed(supervise: Supervise, ser
     started = known_good(supervise, service, *OVERLAP)
     (line,) = started.command("logs", "-n", "1").stdout.splitlines()
     assert line.endswith("serving 1")
-    with subprocess.Popen(
-        [SUPERVISOR, "logs", "-f", "-n", "0", f"--runtime-dir={started.runtime}"],
+    follower = subprocess.Popen(
+        [SUPERVISOR, "logs", "-f", "-n", "1", f"--runtime-dir={started.runtime}"],
         stdout=subprocess.PIPE,
         text=True,
-    ) as follower:
+    )
+    try:
         assert follower.stdout is not None
+        assert follower.stdout.readline().endswith("serving 1\n")
         started.command("restart")
         assert re.search("serving 1$|finished 1$", follower.stdout.readline())
         follower.send_signal(signal.SIGINT)
+        assert follower.wait(DEADLINE_SECONDS) == 0
+    finally:
+        follower.kill()
         follower.communicate()
-        assert follower.returncode == 0

@@ -87,7 +87,9 @@ class Run:
         for _ in range(beats):
             self.happens(Beat(number), after=10)
         assert Attest(number) in self.happens(Tick())
-        assert self.happens(Attested(number, None)) == [Promoted(number, tree)]
+        self.happens(Attested(number, None))
+        self.happens(Beat(number))
+        assert self.state.known_good[0] == tree
         return number
 
 
@@ -364,6 +366,17 @@ def test_tree_is_not_known_good_without_a_fresh_proof() -> None:
     assert run.happens(Tick(), after=100) == []
     assert run.happens(Attested(number, None)) == [Promoted(number, "a")]
     assert run.happens(Attested(number, None)) == []
+
+
+def test_child_that_fell_silent_on_probation_is_not_known_good() -> None:
+    run = Run(OVERLAP)
+    run.becomes_known_good("a")
+    number = run.goes_live("b")
+    run.happens(Beat(number), after=20)
+    assert Attest(number) in run.happens(Tick(), after=10)
+    assert run.happens(Attested(number, None)) == []
+    run.happens(Tick(), after=5)
+    assert reports(run.happens(Exited(number, "signal SIGABRT"))) == [("rolled_back", "crash")]
 
 
 def test_limits_replace_the_child_without_a_storm() -> None:
