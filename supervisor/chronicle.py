@@ -8,19 +8,22 @@ decided. Both are written by the scribe's thread; nothing here waits for a disk.
 from __future__ import annotations
 
 import datetime as dt
+import logging
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 from supervisor import remembered
-from supervisor.events import AUTOMATIC_TRIGGERS, Promoted, Reason, Restarting
+from supervisor.events import AUTOMATIC_TRIGGERS, Drained, Promoted, Reason, Restarting
 from supervisor.fleet import Fleet
 from supervisor.history import PATHS_LIMIT, History, Record
 from supervisor.lifecycle import Fault, State
 from supervisor.pipeline import Reload
 from supervisor.remembered import Quarantined, RecordedProcess, Remembered
 from supervisor.scribe import Scribe
+
+log = logging.getLogger("wa-supervisor")
 
 _REMEMBER = "write the state file"
 _ENDED = frozenset({"crash", "hang"})
@@ -140,6 +143,23 @@ class Chronicle:
         """Complete what waited for the end of this generation's process."""
         for record in self._waiting.pop(number, ()):
             self._history.add(replace(record, ending=self._fleet.ending(number)))
+
+    def drained(self, action: Drained) -> None:
+        """Note a child that was asked to stop and ended otherwise than a program does that stops."""
+        ending = self._fleet.ending(action.number)
+        stopped = ending is None or ending.exit_status == 0 or ending.signal == "SIGTERM"
+        if stopped or action.number in self._waiting:  # What it waits for tells the same.
+            return
+        log.warning("generation %d was asked to stop and ended with %s", action.number, action.how)
+        self._history.add(
+            Record(
+                kind="drain",
+                detail=action.how,
+                generation=action.number,
+                tree=action.tree,
+                ending=ending,
+            )
+        )
 
     def promoted(self, action: Promoted) -> None:
         """Note a tree that has served its probation."""

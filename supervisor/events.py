@@ -254,6 +254,15 @@ class Restarting:
 
 
 @dataclass(frozen=True)
+class Drained:
+    """A child that was asked to stop is gone; ``how`` it ended is for people."""
+
+    number: int
+    tree: str
+    how: str
+
+
+@dataclass(frozen=True)
 class Promoted:
     """A generation survived its probation: its tree is the last known good one."""
 
@@ -261,4 +270,4 @@ class Promoted:
     tree: str
 
 
-Action = Launch | Attest | Go | Dump | Terminate | Kill | Report | Restarting | Promoted
+Action = Launch | Attest | Go | Dump | Terminate | Kill | Report | Restarting | Drained | Promoted

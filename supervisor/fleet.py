@@ -193,6 +193,7 @@ class Fleet:
         running = self._running.get(number)
         if running is not None:
             running.killed = True
+            running.look = running.look or ends.look(running.child.pid)
             self._lineages.look(number)
             running.child.kill_group()
 

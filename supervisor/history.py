@@ -133,7 +133,7 @@ class Record:
 
     id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     at: str = field(default_factory=lambda: dt.datetime.now(dt.UTC).isoformat("T", "milliseconds"))
-    kind: Literal["reload", "restart", "rollback", "promotion", "operator"]
+    kind: Literal["reload", "restart", "rollback", "drain", "promotion", "operator"]
     trigger: str | None = None
     outcome: str | None = None
     reason: str | None = None

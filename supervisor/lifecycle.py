@@ -49,6 +49,7 @@ from supervisor.events import (
     Attest,
     Attested,
     Beat,
+    Drained,
     Dump,
     Event,
     Exceeded,
@@ -373,6 +374,9 @@ class _Step:
             reason: Reason = "import" if gone.stage is not Stage.STARTED or event.importing else "crash"
             self._failed(gone, reason, event.error or f"it ended with {event.how} before it was live")
         self._open_gate()
+        if gone.stage is Stage.DRAINING and gone.was_started:
+            late = "it did not stop in time: " if gone.killed_for == "stop" else ""
+            self.actions.append(Drained(gone.number, gone.tree, late + event.how))
 
     # --- time ---------------------------------------------------------------------------------------------
 
@@ -634,7 +638,7 @@ class _Step:
     def _overdue(self, generation: Generation) -> None:
         if generation.stage is Stage.DRAINING:
             self.actions.append(Kill(generation.number))
-            self._replace_draining(replace(generation, deadline=None))
+            self._replace_draining(replace(generation, deadline=None, killed_for="stop"))
         elif generation.stage is Stage.LIVE:
             self._hung(generation)
         else:

@@ -511,6 +511,8 @@ class Service:
                 running = self._fleet.get(action.number)
                 self._reporting.restarting(action)
                 self._chronicle.restart(action, running.manifest.digest if running else None)
+            case events.Drained():
+                self._chronicle.drained(action)
             case events.Promoted():
                 self._reporting.promoted(action)
                 self._chronicle.promoted(action)

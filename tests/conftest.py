@@ -83,9 +83,19 @@ def not_checked(request: pytest.FixtureRequest) -> Callable[[str], None]:
     return say
 
 
+@pytest.fixture
+def measured(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Print a figure in the summary. It depends on the machine, so no test asserts it."""
+
+    def say(what: str) -> None:
+        request.node.user_properties.append(("measured", what))
+
+    return say
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Name everything that was left out, a green run on a small machine promises no more than it saw."""
-    lines = []
+    lines, figures = [], []
     for reports in terminalreporter.stats.values():
         for report in reports:
             if not isinstance(report, pytest.TestReport):
@@ -94,9 +104,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
                 lines.append(f"{report.nodeid}: {report.longrepr[2].removeprefix('Skipped: ')}")
             if report.when == "teardown":
                 continue
-            lines += [
-                f"{report.nodeid}: {what}" for key, what in report.user_properties if key == "not_checked"
-            ]
+            said = [(key, f"{report.nodeid}: {what}") for key, what in report.user_properties]
+            lines += [line for key, line in said if key == "not_checked"]
+            figures += [line for key, line in said if key == "measured" and report.when == "call"]
+    if figures:
+        terminalreporter.section("measured on this machine")
+        for line in sorted(figures):
+            terminalreporter.write_line(line)
     terminalreporter.section("not checked on this machine")
     for line in sorted(set(lines)) or ["nothing was left out"]:
         terminalreporter.write_line(line)

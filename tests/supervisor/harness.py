@@ -21,6 +21,9 @@ from supervisor import control
 SUPERVISOR = Path(sys.executable).with_name("wa-supervisor")
 DEADLINE_SECONDS = 15.0
 
+SOAK = os.environ.get("WA_SOAK") == "1"
+"""Whether everything is run that takes minutes (`make soak`), and not only a sample of it."""
+
 SCRIPT = """\
 import os, signal, sys, time
 sys.path.insert(0, "modules")

@@ -16,6 +16,7 @@ from supervisor.events import (
     Attest,
     Attested,
     Beat,
+    Drained,
     Dump,
     Event,
     Exceeded,
@@ -139,7 +140,8 @@ def test_replace_lets_the_new_one_go_when_the_old_one_is_gone() -> None:
     run.happens(Imported(2))
     assert run.happens(Attested(2, None)) == [Terminate(old)]
     assert run.happens(Tick(), after=REPLACE.ready_timeout_seconds + 1)[:1] == [Kill(old)]
-    assert run.happens(Exited(old, "signal SIGKILL")) == [Go(2), Attest(2)]
+    late = Drained(old, "a", "it did not stop in time: signal SIGKILL")
+    assert run.happens(Exited(old, "signal SIGKILL")) == [Go(2), Attest(2), late]
 
 
 @pytest.mark.parametrize(
