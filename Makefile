@@ -18,7 +18,7 @@ VENV := .venv
 STAMP := $(VENV)/complete
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gauntlet lint format lock ci
+.PHONY: help demo test soak gauntlet lint format lock ci
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -28,6 +28,10 @@ demo: $(STAMP) ## the whole product on invented messages; ARGS=--once runs a scr
 
 test: $(STAMP) ## all tests; ARGS goes to pytest, e.g. ARGS="-k embedded"
 	@$(VENV)/bin/python $(RUN) -m pytest --numprocesses=$(WORKERS) $(ARGS)
+
+soak: $(STAMP) ## what takes minutes: the whole kill matrix, 200 reloads in a row; prints figures
+	@WA_SOAK=1 $(VENV)/bin/python -m pytest --numprocesses=$(WORKERS) $(ARGS) \
+		tests/supervisor/test_kill_matrix.py tests/supervisor/test_soak.py
 
 gauntlet: $(STAMP) ## stale bytecode and proof on every supported interpreter of this machine; ARGS=--others leaves out ours
 	@bash .ci/gauntlet $(ARGS)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -150,3 +150,17 @@ def is_gone(process: psutil.Process) -> bool:
         return process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
+
+
+def until(true: Callable[[], bool], seconds: float = DEADLINE_SECONDS) -> None:
+    """Wait for something that tells nobody when it happens."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, f"it did not happen within {seconds:g} s"
+        time.sleep(0.005)
+
+
+def history(started: Supervised) -> list[dict[str, Any]]:
+    """Return the records of ``history --json``, the newest first."""
+    records: list[dict[str, Any]] = json.loads(started.command("history", "--json").stdout)
+    return records

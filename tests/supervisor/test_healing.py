@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.supervisor.harness import DEADLINE_SECONDS, SUPERVISOR, Supervised, is_gone
+from tests.supervisor.harness import SUPERVISOR, Supervised, history, is_gone, until
 
 Supervise = Callable[..., Supervised]
 
@@ -65,19 +64,6 @@ def known_good(supervise: Supervise, tree: Path, *arguments: str, **environment:
     started.expect(LIVE)
     started.expect("is known good")
     return started
-
-
-def history(started: Supervised) -> list[dict[str, Any]]:
-    records: list[dict[str, Any]] = json.loads(started.command("history", "--json").stdout)
-    return records
-
-
-def until(true: Callable[[], bool]) -> None:
-    """Wait for something that tells nobody when it happens."""
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while not true():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.005)
 
 
 def restart_record(started: Supervised) -> dict[str, Any]:
