@@ -44,6 +44,7 @@ class Running:
     Attributes:
         nonce: of the last request for attestation that is not answered.
         asked_at: monotonic time of the oldest request since the last answer, None if all are answered.
+        over: its program has ended; what is left is the end of the interpreter.
         mute: it closed its end of the channel and lives on: nothing can be learnt from it any more.
         verdict: of its last attestation, None before the first.
         commit: that the tree stood at when it was started, where git knows it.
@@ -62,6 +63,7 @@ class Running:
     nonce: str | None = None
     verdict: verify.Verdict | None = None
     asked_at: float | None = None
+    over: bool = False
     mute: bool = False
     status: str = ""
     failure: Mapping[str, Any] = field(default_factory=dict)
@@ -324,6 +326,8 @@ class Fleet:
                 self._attested(running, frame)
             case "metrics" if isinstance(frame.get("families"), list):
                 self._metrics(running.number, frame["families"])
+            case "ended":
+                running.over = True
             case "failed":
                 running.failure = frame
 

@@ -245,6 +245,7 @@ class Service:
         self._decide()
         # Deciding took its time, and what follows counts times that must not run backwards.
         now = time.monotonic()
+        self._count_downtime(now)
         if now >= self._housekeeping_at:
             self._housekeep(now)
         if self._changed:
@@ -307,7 +308,6 @@ class Service:
             self._git_facts = {"commit": self._repository.commit(), "dirty": None}
         self._fleet.look()
         self._hold_to_limits(live, self._reporting.sample(live))
-        self._count_downtime(now)
         self._notifier.alive()
 
     def _hold_to_limits(self, live: Running | None, memory_bytes: int | None) -> None:
@@ -442,7 +442,6 @@ class Service:
                 self._chronicle.ended(event.number)
                 if event.error and "PinnedSourceError" in event.error:
                     self._pipeline.heal(now)
-            self._count_downtime(now)
             self._follow_live(now)
             self._not_launched(now)
         self._remember()
@@ -661,11 +660,13 @@ class Service:
         self._fleet.attest(number)
 
     def _count_downtime(self, now: float) -> None:
-        """A child that drains still works, so a downtime begins when it is gone."""
-        at_work = {
-            generation.number for generation in (*self._state.draining, self._state.live) if generation
-        }
-        self._reporting.serving(now, serving=self._last_live in at_work, ever=self._last_live > 0)
+        """Count while nobody works: one that drains still does, one that said READY=1 does already."""
+        state = self._state
+        ready = state.candidate if state.candidate is not None and state.candidate.ready else None
+        served = next((g for g in (*state.draining, state.live) if g and g.number == self._last_live), None)
+        processes = [self._fleet.get(g.number) for g in (served, ready) if g is not None]
+        serving = any(running is not None and not running.over for running in processes)
+        self._reporting.serving(now, serving=serving, ever=self._last_live > 0)
 
     # --- commands -----------------------------------------------------------------------------------------
 

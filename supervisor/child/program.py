@@ -29,6 +29,7 @@ kept for us where an application blocks or handles it: it would see another inte
 from __future__ import annotations
 
 import _thread
+import atexit
 import ctypes
 import faulthandler
 import os
@@ -171,6 +172,8 @@ def run(descriptor: int, plain_modules: frozenset[str], run_name: str) -> NoRetu
     main = ModuleType("__main__")
     sys.modules["__main__"] = main
     os.register_at_fork(after_in_child=channel.abandon)
+    # Registered first, so called last: the application's threads have ended, and so have its own handlers.
+    atexit.register(channel.send, {"type": "ended"})
     progress = attest.Progress(threading.get_ident())
     _thread.start_new_thread(channel.serve, (pins, progress))
     if isinstance(sys.stdout, TextIOWrapper):

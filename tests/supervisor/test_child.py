@@ -781,3 +781,24 @@ def test_application_keeps_the_fault_handler_that_it_asked_for(
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
     assert "in stuck" in (tree / "dump").read_text(encoding="utf-8")
     assert capfd.readouterr().err == ""
+
+
+def test_end_is_told_when_the_last_thread_of_the_application_has_ended(
+    tree: Path, fifo: Path, generation: Callable[..., Generation]
+) -> None:
+    (tree / "main.py").write_text(
+        "import os, threading\n"
+        "def work():\n"
+        "    threading.main_thread().join()\n"
+        "    open(os.environ['WA_STEP'] + '/said', 'w').write('main has ended')\n"
+        "    open(os.environ['WA_STEP'] + '/step').read()\n"
+        "threading.Thread(target=work).start()\n",
+        encoding="utf-8",
+    )
+    started = generation(WA_STEP=str(fifo))
+    started.go()
+    assert (fifo / "said").read_text(encoding="utf-8") == "main has ended"
+    started.attest()
+    assert not any(frame["type"] == "ended" for frame in started._frames)
+    (fifo / "step").write_text("", encoding="utf-8")
+    started.frame("ended")
