@@ -158,7 +158,9 @@ class Commands:
             return
         reload = self._asked_for(client)
         reload.tree, reload.rollback = target, True
-        self._desk.happened(RollbackRequested(f"rolled back by {_who(client.uid)}"), reload)
+        disk = self._pipeline.disk
+        event = RollbackRequested(f"rolled back by {_who(client.uid)}", disk.digest if disk else None)
+        self._desk.happened(event, reload)
 
     def _asked_for(self, client: Client) -> Reload:
         reload = Reload("cli", time.monotonic(), uid=client.uid)

@@ -136,9 +136,15 @@ class RestartRequested:
 
 @dataclass(frozen=True)
 class RollbackRequested:
-    """The operator wants the last good code before the one that runs; ``detail`` says who and why."""
+    """The operator wants the last good code before the one that runs.
+
+    Attributes:
+        detail: who and why.
+        disk: the tree on disk, which is to wait for its next change; None while it cannot be read.
+    """
 
     detail: str
+    disk: str | None = None
 
 
 @dataclass(frozen=True)

@@ -257,7 +257,10 @@ class State:
     def earlier_good(self) -> str | None:
         """The known good tree that an operator's rollback leads to."""
         running = self.live.tree if self.live is not None else self.retry.tree if self.retry else None
-        return next((tree for tree in self.known_good if tree != running), None)
+        others = sorted(
+            (tree for tree in self.known_good if tree != running), key=self.quarantine.__contains__
+        )
+        return next(iter(others), None)  # What he put away comes last.
 
     @property
     def finished(self) -> bool:
@@ -426,8 +429,10 @@ class _Step:
             return
         self._release(target)
         self._supersede(target)
-        if live is not None and live.tree != target:
-            self._quarantine(live.tree, None, event.detail)
+        # What is on disk may be on its way, or be what ended: it does not come back by itself either.
+        for tree in (live.tree if live is not None else None, event.disk):
+            if tree not in {None, target}:
+                self._quarantine(str(tree), None, event.detail)
         if self.state.candidate is None:
             self._launch(target, "cli")
 
@@ -561,9 +566,11 @@ class _Step:
         silence = f"silent for {self.policy.watchdog_seconds:g} s; --watchdog 0 turns this off"
         detail = silence if cause == "hang" else event.error or event.how
         better = self._better_than(gone.tree)
-        if self.state.candidate is not None:
+        candidate = self.state.candidate
+        if candidate is not None:
             self.actions.append(Restarting(gone.number, cause, detail, 0.0))
-            if better is not None:  # What runs next is on its way; if that fails, it is not this one again.
+            # What runs next is on its way; if that fails, it is not this one again.
+            if better is not None and candidate.tree != gone.tree:
                 self._quarantine(gone.tree, "crash", detail)
         elif better is not None:
             self._roll_back(gone, better, cause, "crash", detail)
@@ -573,15 +580,18 @@ class _Step:
 
     def _better_than(self, tree: str) -> str | None:
         """Return what is to run in place of a tree that failed by itself; None if it is the best there is."""
-        if tree in self.state.known_good or self.state.paused:
+        if tree in self.state.known_good:
             return None
-        return next((good for good in self._good() if good != tree), None)
+        # During a pause nothing else is started than what ran before.
+        good = [g for g in self._good() if g != tree and (g == self.state.served or not self.state.paused)]
+        return next(iter(good), None)
 
     def _good(self) -> Sequence[str]:
-        """Return the trees to run again, best first: what an operator put away only did not please him."""
+        """Return the trees to run again, best first: what an operator put away has not failed, comes last."""
         state = self.state
         trees = [tree for tree in (state.served, *state.known_good) if tree is not None]
-        return [t for t in trees if t not in state.quarantine or state.quarantine[t].reason is None]
+        usable = [t for t in trees if t not in state.quarantine or state.quarantine[t].reason is None]
+        return sorted(usable, key=state.quarantine.__contains__)
 
     def _roll_back(self, failed: Generation, better: str, cause: str, reason: Reason, detail: str) -> None:
         """Bring an earlier tree back in place of a live one that failed on probation."""

@@ -448,6 +448,61 @@ def test_rollback_by_the_operator_goes_to_the_good_tree_before_this_one() -> Non
     assert launched(run.happens(RollbackRequested("uid 0"))) == ["b"]
 
 
+def test_rollback_leads_further_back_each_time() -> None:
+    run = Run(OVERLAP)
+    for tree in "abc":
+        run.becomes_known_good(tree)
+    assert launched(run.happens(RollbackRequested("uid 0"))) == ["b"]
+    run.candidate_goes_live()
+    assert launched(run.happens(RollbackRequested("uid 0"))) == ["a"]
+
+
+def test_rollback_puts_away_what_is_on_disk_and_on_its_way() -> None:
+    run = Run(OVERLAP)
+    run.becomes_known_good("a")
+    run.becomes_known_good("b")
+    run.happens(TreeReady("c", "watch"))
+    actions = run.happens(RollbackRequested("uid 0", disk="c"))
+    assert reports(actions) == [("superseded", None)]
+    assert launched(actions) == ["a"]
+    assert run.happens(TreeReady("c", "scan")) == []
+    run.happens(TreeSeen("d"))
+    assert launched(run.happens(TreeReady("d", "watch"))) == ["d"]
+
+
+def test_what_the_operator_put_away_is_the_last_to_run_at_the_next_start() -> None:
+    run = Run(OVERLAP)
+    run.state = State(known_good=("b", "a"), quarantine={"b": Fault(None, "rolled back")})
+    assert launched(run.happens(TreeRejected())) == ["a"]
+    run.state = State(known_good=("b",), quarantine={"b": Fault(None, "rolled back")})
+    assert launched(run.happens(TreeRejected())) == ["b"]
+
+
+def test_end_on_probation_does_not_put_away_a_new_process_of_the_same_tree() -> None:
+    run = Run(OVERLAP)
+    run.becomes_known_good("a")
+    number = run.goes_live("b")
+    run.happens(RestartRequested())
+    run.happens(Exited(number, "exit status 1"))
+    assert not run.state.quarantine
+    run.candidate_goes_live()
+
+
+def test_candidate_that_fails_in_a_pause_after_the_old_one_was_stopped_brings_that_back() -> None:
+    run = Run(REPLACE)
+    run.becomes_known_good("a")
+    old = run.goes_live("b")
+    run.happens(TreeReady("c", "watch"))
+    new = old + 1
+    run.happens(Imported(new))
+    run.happens(Attested(new, None))
+    run.happens(PauseRequested())
+    run.happens(Exited(old, "exit status 0"))
+    actions = run.happens(Exited(new, "exit status 1"))
+    assert reports(actions) == [("rolled_back", "crash")]
+    assert launched(actions) == ["b"]
+
+
 def test_rollback_that_fails_does_not_end_with_nothing() -> None:
     run = Run(REPLACE)
     run.becomes_known_good("a")
