@@ -12,21 +12,18 @@ Rejected: python-dotenv (expands variables, finds files by itself, forgives what
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import re
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from supervisor import plainfile
 from supervisor.errors import UsageError
 
 _ASSIGNMENT = re.compile(r"(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)=(.*)", re.DOTALL)
 _QUOTES = ("'", '"')
-_MAX_BYTES = 1024 * 1024
-"""Of one file: what systemd takes as one credential."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,7 @@ def read(inherited: Mapping[str, str], file: Path | None) -> Environment:
 
 def _assignments(file: Path) -> dict[str, str]:
     try:
-        text = _content(file).decode("utf-8")
+        text = plainfile.read(file).decode("utf-8")
     except OSError as error:
         raise UsageError(f"cannot read --env-file {file}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -92,22 +89,8 @@ def _credentials(directory: str | None) -> list[tuple[str, bytes]]:
         for name in names:
             path = Path(folder, name)
             try:
-                found.append((str(path), _content(path)))
+                found.append((str(path), plainfile.read(path)))
             except OSError:
                 continue
     return sorted(found)
 
-
-def _content(path: Path) -> bytes:
-    """Return the bytes of a regular file of a sensible size, without ever waiting.
-
-    Raises:
-        OSError: it is none, or cannot be read.
-    """
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-        facts = os.fstat(file.fileno())
-        if not stat.S_ISREG(facts.st_mode):
-            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
-        if facts.st_size > _MAX_BYTES:
-            raise OSError(errno.EFBIG, f"it is larger than {_MAX_BYTES} bytes", str(path))
-        return file.read(_MAX_BYTES)

@@ -20,6 +20,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from supervisor import plainfile
 from supervisor.errors import UsageError
 from supervisor.manifest import Tree, source_roots
 
@@ -118,7 +119,7 @@ def load_options(path: Path) -> Options:
         UsageError: the file cannot be read, is not TOML, or has an unknown key or a value of a wrong type.
     """
     try:
-        return msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), Options, strict=True)
+        return msgspec.convert(tomllib.loads(plainfile.read(path).decode("utf-8")), Options, strict=True)
     except OSError as error:
         raise UsageError(f"cannot read the configuration {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

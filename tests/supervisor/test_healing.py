@@ -386,6 +386,29 @@ def test_environment_file_is_watched_and_its_values_stay_secret(
     assert "secret" not in said.replace("its values stay secret", "")
 
 
+def test_file_that_became_a_pipe_is_not_waited_for(
+    supervise: Supervise, service: Path, tmp_path: Path
+) -> None:
+    file, config = tmp_path / "environment", tmp_path / "wa.toml"
+    file.write_text("SETTING=1\n", encoding="utf-8")
+    config.write_text("", encoding="utf-8")
+    started = known_good(
+        supervise, service, *OVERLAP, f"--env-file={file}", f"--config={config}", "--scan-interval=0.2"
+    )
+    file.unlink()
+    os.mkfifo(file)
+    started.expect("it is not a regular file; the earlier one goes on to count")
+    file.unlink()
+    file.write_text("SETTING=2\n", encoding="utf-8")
+    started.expect(r"reload \(config\): live")
+    config.unlink()
+    os.mkfifo(config)
+    refused = started.command("reload")
+    assert refused.returncode == 1
+    assert "it is not a regular file" in refused.stderr
+    assert started.status()["in_sync"]
+
+
 DAEMON = """
 import os, signal, socket, time
 def work(): pass
