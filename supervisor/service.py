@@ -279,6 +279,8 @@ class Service:
                 self.ask_reload("signal")
             except UsageError as error:
                 log.warning("nothing was reloaded: %s", error)
+                self._notify_reloading()
+                self._notify_reloaded()
         if numbers & {signal.SIGTERM, signal.SIGINT}:
             log.info("stop, by signal")
             self.happened(events.StopRequested())
@@ -334,9 +336,18 @@ class Service:
         self._pipeline.quiet_seconds = settings.quiet_seconds
         if renew:
             log.info("settings or environment have changed: a new generation takes them over")
-        if self._state.live is not None:
-            self._notifier.reloading()
+        self._notify_reloading()
         self._pipeline.ask("config" if renew else trigger, time.monotonic(), on_finish, uid=uid, renew=renew)
+
+    def _notify_reloading(self) -> None:
+        """Tell the service manager of a reload; one that asked for it by signal waits for the answer."""
+        if self._last_live and not self._state.stopping:
+            self._notifier.reloading()
+
+    def _notify_reloaded(self) -> None:
+        """End what was told, also while nothing is live: a service that was ready once stays so for it."""
+        if (self._last_live or self._state.live is not None) and not self._state.stopping:
+            self._notifier.ready()
 
     def _read_environment_again(self) -> None:
         """Notice that the environment file was edited; a broken one changes nothing."""
@@ -397,8 +408,7 @@ class Service:
         """Tell everybody of a reload that has its outcome, those who asked for it last."""
         self._reporting.reload(reload)
         self._chronicle.reload(reload)
-        if self._state.live is not None:
-            self._notifier.ready()
+        self._notify_reloaded()
         if reload.outcome == "rejected" and reload.generation is None:
             self.happened(events.TreeRejected())
         self._publish(time.monotonic())

@@ -531,6 +531,35 @@ def test_service_manager_hears_ready_status_and_the_end(
         assert "NOTIFY_SOCKET" not in "".join(heard)
 
 
+def test_service_manager_that_asked_for_a_reload_is_always_answered(
+    supervise: Supervise, tree: Path, tmp_path: Path
+) -> None:
+    config = tmp_path / "wa.toml"
+    config.write_text("", encoding="utf-8")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "n"))
+        manager.settimeout(DEADLINE_SECONDS)
+        started = supervise(f"--config={config}", "main.py", cwd=tree, NOTIFY_SOCKET=str(tmp_path / "n"))
+
+        def hear(prefix: str) -> None:
+            while not manager.recv(4096).startswith(prefix.encode()):
+                pass
+
+        hear("READY=1")
+        config.write_text("watchdog =", encoding="utf-8")
+        started.process.send_signal(signal.SIGHUP)
+        hear("RELOADING=1")
+        hear("READY=1")
+        started.expect("nothing was reloaded: ")
+        config.write_text("", encoding="utf-8")
+        (tree / "main.py").write_text("import sys\nsys.exit(7)\n", encoding="utf-8")
+        started.live().kill()
+        started.expect("starting again in .* s|rejected")
+        started.process.send_signal(signal.SIGHUP)
+        hear("RELOADING=1")
+        hear("READY=1")
+
+
 def test_folder_that_cannot_be_written_is_reported_and_no_failure(
     tree: Path, not_checked: Callable[[str], None]
 ) -> None:
