@@ -132,7 +132,9 @@ class Commands:
             command(client, request)
 
     def close(self) -> None:
-        """Tell those who wait for the stop that it is done."""
+        """Tell those who wait for the stop that it is done, and the others that nothing comes any more."""
+        for waiting in self._verifications:
+            _refuse(waiting.client, "the supervisor stops")
         for client in self._stopping:
             client.answer({"ok": True})
 

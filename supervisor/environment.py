@@ -93,4 +93,3 @@ def _credentials(directory: str | None) -> list[tuple[str, bytes]]:
             except OSError:
                 continue
     return sorted(found)
-

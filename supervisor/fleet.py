@@ -285,14 +285,15 @@ class Fleet:
                 self._notified(running, message.fields)
 
     def _notified(self, running: Running, fields: Mapping[str, str]) -> None:
-        running.status = fields.get("STATUS", running.status)
+        if "STATUS" in fields:
+            running.status = masking.mask(fields["STATUS"])
         if fields.get("READY") == "1":
             self._happened(events.Ready(running.number))
         extend = _seconds(fields.get("EXTEND_TIMEOUT_USEC", ""))
         if fields.get("WATCHDOG") == "1" or extend:
             self._happened(events.Beat(running.number, extend))
         if "X_SUSPECT" in fields:
-            self._suspected(running.number, fields["X_SUSPECT"])
+            self._suspected(running.number, masking.mask(fields["X_SUSPECT"]))
 
     def _readable(self, running: Running) -> None:
         try:

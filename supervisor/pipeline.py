@@ -32,7 +32,7 @@ from supervisor import bytecode, manifest
 from supervisor.blobs import BlobStore
 from supervisor.bytecode import BytecodeReport, CompileJob
 from supervisor.errors import SourceError
-from supervisor.events import AUTOMATIC_TRIGGERS, Outcome, Reason
+from supervisor.events import AUTOMATIC_TRIGGERS, OPERATOR_TRIGGERS, Outcome, Reason
 from supervisor.git import Repository
 from supervisor.manifest import Manifest, Snapshot, Tree
 from supervisor.watch import Hint
@@ -388,6 +388,8 @@ class Pipeline:
         under_way = self._build.reload if self._build is not None else candidate
         if under_way is not None and under_way.tree == found.digest and not reload.renew:
             under_way.on_finish += reload.on_finish  # Who asked for this one hears how that one ends.
+            if self._build is not None and reload.trigger in OPERATOR_TRIGGERS:
+                under_way.trigger, under_way.uid = reload.trigger, reload.uid  # No pause holds it any more.
             reload.on_finish = []
             self._end(reload, "unchanged")
             return False
@@ -514,7 +516,10 @@ class Pipeline:
         self.prints = {digest: prints for digest, prints in self.prints.items() if digest in needed}
 
     def close(self) -> None:
-        """Stop what is under way."""
+        """Stop what is under way; its reloads end, and who asked for them hears it."""
+        reloads = [under_way.reload for under_way in (self._build, self._pending) if under_way is not None]
         if self._build is not None:
             self._build.job.cancel()
-            self._build = None
+        self._build = self._pending = None
+        for reload in reloads:
+            self._end(reload, "superseded", detail="by the operator's stop")

@@ -35,7 +35,7 @@ from supervisor.chronicle import Chronicle
 from supervisor.commands import Commands
 from supervisor.control import Client, ControlServer
 from supervisor.errors import BlobError, UsageError
-from supervisor.events import Action, Reason
+from supervisor.events import AUTOMATIC_TRIGGERS, Action, Reason
 from supervisor.fleet import Fleet, Running
 from supervisor.history import History
 from supervisor.lifecycle import Stage
@@ -453,6 +453,7 @@ class Service:
                 if event.error and "PinnedSourceError" in event.error:
                     self._pipeline.heal(now)
             self._follow_live(now)
+            self._count_downtime(now)
             self._not_launched(now)
         self._remember()
         if self._live_is_new:
@@ -479,7 +480,15 @@ class Service:
         if candidate is not None and reload.tree in {None, candidate.tree}:
             candidate.on_finish += reload.on_finish  # Who asked for this one hears how that one ends.
             reload.on_finish = []
-        reload.finish("superseded" if self._state.stopping else "unchanged", now)
+        fault = self._state.quarantine.get(reload.tree or "")
+        if self._state.stopping:
+            reload.finish("superseded", now, detail="by the operator's stop")
+        elif reload.trigger in AUTOMATIC_TRIGGERS and self._state.paused:
+            reload.finish("superseded", now, detail="by the operator's pause")
+        elif reload.trigger in AUTOMATIC_TRIGGERS and fault is not None:
+            reload.finish("rejected", now, fault.reason or "crash", f"quarantined: {fault.detail}")
+        else:
+            reload.finish("unchanged", now)
         self._reload_finished(reload)
 
     def _time_stage(self, event: events.Event, now: float) -> None:

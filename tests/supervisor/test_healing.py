@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import threading
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -407,6 +408,64 @@ def test_file_that_became_a_pipe_is_not_waited_for(
     assert refused.returncode == 1
     assert "it is not a regular file" in refused.stderr
     assert started.status()["in_sync"]
+
+
+def test_who_waits_for_a_reload_hears_of_the_stop(supervise: Supervise, service: Path) -> None:
+    (service / ".git").mkdir()
+    (service / ".git" / "HEAD").write_text("ref: refs/heads/main\n", encoding="utf-8")
+    started = known_good(supervise, service, *OVERLAP)
+    (service / ".git" / "index.lock").touch()  # Holds the reload.
+    answers: list[dict[str, Any]] = []
+    waiting = threading.Thread(target=lambda: answers.append(started.reload()))
+    waiting.start()
+    until(lambda: started.status()["state"] == "reloading")
+    started.command("stop")
+    waiting.join()
+    assert (answers[0]["outcome"], answers[0]["detail"]) == ("superseded", "by the operator's stop")
+
+
+def test_downtime_of_a_replacement_is_within_its_reload(supervise: Supervise, service: Path) -> None:
+    started = known_good(supervise, service, *REPLACE)
+    spent = 0.0
+    for value in range(2, 5):
+        write(service, GOOD.format(value))
+        started.expect(f"^serving {value}$")
+        started.expect(LIVE)
+        started.expect("is known good")  # More than half a second later: all that is counted has been.
+        spent += started.status()["last_reload"]["stages"]["handover"]
+    with urllib.request.urlopen(f"http://{started.status()['listen']}/metrics", timeout=10) as answer:
+        found = re.search(
+            r"^wa_supervisor_downtime_seconds_total (\S+)$", answer.read().decode(), re.MULTILINE
+        )
+    assert found is not None
+    assert 0 < float(found[1]) <= spent
+
+
+def test_reload_that_a_pause_held_is_not_called_unchanged(supervise: Supervise, service: Path) -> None:
+    bulk = "".join(f"def f{n}(a): return [a, {n}, lambda: a + {n}]\n" for n in range(20_000))
+    started = known_good(supervise, service, *OVERLAP)
+    (service / "modules" / "bulk.py").write_text(bulk, encoding="utf-8")  # Takes long to compile.
+    until(lambda: started.status()["state"] == "reloading")
+    started.command("pause")
+    until(lambda: started.status()["state"] == "live")
+    record = started.status()["last_reload"]
+    assert record["trigger"] == "start" or (record["outcome"], record["detail"]) == (
+        "superseded",
+        "by the operator's pause",
+    )
+    assert started.status()["reason"].startswith("paused: ")
+
+
+def test_password_in_what_a_child_says_of_itself_is_masked(supervise: Supervise, service: Path) -> None:
+    says = NOTIFYING.replace(
+        'b"READY=1"', 'b"READY=1\\nSTATUS=at db://u:hunter2@h\\nX_SUSPECT=db://u:hunter2@h"'
+    )
+    (service / "main.py").write_text(says, encoding="utf-8")
+    started = supervise(*OVERLAP, "main.py", cwd=service)
+    started.expect("is suspicious: db://")
+    started.expect(LIVE)
+    assert started.status()["live"]["status"] == "at db://u:***@h"
+    assert "hunter2" not in "\n".join(started.output.lines)
 
 
 DAEMON = """
