@@ -316,13 +316,16 @@ class Pipeline:
             times.append(self._build.job.deadline)
         return min(times, default=None)
 
-    def advance(self, now: float, *, live: Manifest | None, candidate: Reload | None) -> bool:
+    def advance(
+        self, now: float, *, live: Manifest | None, candidate: Reload | None, outdated: bool = False
+    ) -> bool:
         """Take the next step that is due.
 
         Args:
             now: monotonic time.
             live: what the live generation was started from.
             candidate: the reload whose generation is to take over.
+            outdated: the live generation was started with other settings than those of now.
 
         Returns:
             Whether a look at the disk has just shown that it is what is live.
@@ -345,7 +348,7 @@ class Pipeline:
         if held and (live is None or live.digest != found.digest):
             pending.waits, self._pending = True, pending
             return False
-        return self._decide(pending, found, now, live=live, candidate=candidate)
+        return self._decide(pending, found, now, live=live, candidate=candidate, outdated=outdated)
 
     def resume(self, now: float) -> None:
         """End a pause: what has changed meanwhile becomes a reload."""
@@ -380,6 +383,7 @@ class Pipeline:
         *,
         live: Manifest | None,
         candidate: Reload | None,
+        outdated: bool,
     ) -> bool:
         """Decide whether anything follows from what is on disk; return whether it is what is live."""
         reload = pending.reload
@@ -394,6 +398,8 @@ class Pipeline:
             self._end(reload, "unchanged")
             return False
         self._supersede_build(reload)
+        # What was to bring new settings may have failed, or have made room for this one.
+        reload.renew = reload.renew or outdated
         if live is not None and found.digest == live.digest and not reload.renew:
             self._judged, self.problem = live.digest, None
             if (

@@ -150,6 +150,8 @@ class Service:
         self._events: collections.deque[tuple[events.Event, Reload | None]] = collections.deque()
         self._held: events.Attested | None = None
         self._reloads: dict[int, Reload] = {}
+        self._started_with: dict[int, tuple[Settings, str]] = {}
+        """Number of each generation to its settings and the digest of its environment."""
         self._launching: Reload | None = None
         self._lived = Reload("start", 0.0)
         self._judging: dict[int, CompileJob] = {}
@@ -234,7 +236,10 @@ class Service:
         self._run_timers(now)
         self._collect_job(now)
         self._collect_judgements(now)
-        if self._pipeline.advance(now, live=self._live_manifest, candidate=self._candidate_reload):
+        found = self._pipeline.advance(
+            now, live=self._live_manifest, candidate=self._candidate_reload, outdated=self._outdated
+        )
+        if found:
             self.happened(events.TreeUnchanged(self._state.live.tree if self._state.live else ""))
         self._follow_job()
         self._see_tree()
@@ -435,9 +440,13 @@ class Service:
         self._events.append((event, reload))
 
     def _release_held(self) -> None:
-        if self._held is not None and not self._pipeline.busy:
-            self._events.append((self._held, None))
-            self._held = None
+        if self._held is None:
+            return
+        if self._pipeline.busy:  # It waits for us, or for a running git: that is not its time.
+            self._events.append((events.Beat(self._held.number, self._settings.ready_timeout_seconds), None))
+            return
+        self._events.append((self._held, None))
+        self._held = None
 
     def _decide(self) -> None:
         while self._events:
@@ -448,6 +457,7 @@ class Service:
             for action in actions:
                 self._act(action, now)
             if isinstance(event, events.Exited):
+                self._started_with.pop(event.number, None)
                 self._child_metrics.end(event.number)
                 self._chronicle.ended(event.number)
                 if event.error and "PinnedSourceError" in event.error:
@@ -557,6 +567,10 @@ class Service:
             self._selector.register(job, selectors.EVENT_READ, lambda: None)
 
     def _start(self, number: int, manifest: Manifest) -> None:
+        self._started_with[number] = self._settings, self._environment.digest
+        if not self._blobs.holds(manifest):
+            log.warning("pinned sources were taken away; what is on disk is kept anew")
+            self._pipeline.heal(time.monotonic())
         try:
             self._fleet.launch(
                 number, manifest, self._blobs.put_manifest(manifest), self._reloads[number].commit
@@ -650,6 +664,12 @@ class Service:
     @property
     def _live_manifest(self) -> Manifest | None:
         return self._manifests[self._state.live.tree] if self._state.live else None
+
+    @property
+    def _outdated(self) -> bool:
+        """Whether the live generation was started with other settings than those of now."""
+        wanted = self._settings, self._environment.digest
+        return self._state.live is not None and self._started_with.get(self._state.live.number) != wanted
 
     @property
     def _candidate_reload(self) -> Reload | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -466,6 +467,70 @@ def test_password_in_what_a_child_says_of_itself_is_masked(supervise: Supervise,
     started.expect(LIVE)
     assert started.status()["live"]["status"] == "at db://u:***@h"
     assert "hunter2" not in "\n".join(started.output.lines)
+
+
+def test_settings_that_failed_are_tried_again_when_the_operator_asks(
+    supervise: Supervise, service: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "environment"
+    file.write_text("SETTING=1\n", encoding="utf-8")
+    fails = "import os\nVALUE = int(os.environ['SETTING'])\nassert VALUE != 2\ndef work(): pass\n"
+    write(service, fails)
+    started = known_good(supervise, service, *OVERLAP, f"--env-file={file}", "--scan-interval=0.2")
+    file.write_text("SETTING=2\n", encoding="utf-8")
+    started.expect(r"reload \(config\): rejected")
+    assert started.reload()["outcome"] == "rejected", "it is not what runs"
+    assert started.status()["live"]["generation"] == 1
+
+
+def test_settings_are_taken_over_by_what_takes_the_place_of_their_generation(
+    supervise: Supervise, service: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "environment"
+    file.write_text("SETTING=1\n", encoding="utf-8")
+    started = known_good(supervise, service, *OVERLAP, f"--env-file={file}", "--scan-interval=0.2")
+    write(service, GOOD.format(2) + "import time; time.sleep(60)\n")
+    until(lambda: (started.status()["candidate"] or {}).get("stage") == "started")
+    file.write_text("SETTING=2\n", encoding="utf-8")
+    until(lambda: (started.status()["candidate"] or {}).get("generation") == 3)
+    write(service, GOOD.format(1))
+    started.expect(r"superseded: by tree")
+    started.expect(LIVE)
+    assert started.live().environ()["SETTING"] == "2"
+
+
+def test_new_code_starts_though_the_pinned_sources_were_taken_away(
+    supervise: Supervise, service: Path, tmp_path: Path
+) -> None:
+    started = known_good(supervise, service, *OVERLAP)
+    shutil.rmtree(tmp_path / "state" / "blobs")
+    write(service, GOOD.format(2))
+    started.expect("^serving 2$")
+    started.expect(LIVE)
+
+
+def test_candidate_that_waits_for_a_running_git_does_not_run_out_of_time(
+    supervise: Supervise, tmp_path: Path
+) -> None:
+    tree = tmp_path / "tree"
+    (tree / ".git").mkdir(parents=True)
+    (tree / ".git" / "HEAD").write_text("ref: refs/heads/main\n", encoding="utf-8")
+    (tree / "app").mkdir()
+    code = (
+        "import threading\n{}\ndef main():\n    print('serving', flush=True)\n    threading.Event().wait()\n"
+    )
+    (tree / "app" / "__init__.py").write_text(code.format(""), encoding="utf-8")
+    started = supervise("--handover=overlap", "--ready-timeout=2", "app:main", cwd=tree)
+    started.expect(LIVE)
+    (tree / "app" / "__init__.py").write_text(code.format("threading.Event().wait(0.5)"), encoding="utf-8")
+    until(lambda: started.status()["candidate"] is not None)
+    began = time.monotonic()
+    (tree / ".git" / "index.lock").touch()
+    (tree / "app" / "other.py").touch()
+    until(lambda: time.monotonic() > began + 3)
+    (tree / ".git" / "index.lock").unlink()
+    started.expect(LIVE)
+    assert not [line for line in started.output.lines if "rejected" in line]
 
 
 DAEMON = """
