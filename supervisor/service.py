@@ -587,7 +587,8 @@ class Service:
                 report = None
             else:
                 report = job.read()
-                if report is None:
+                if report is None:  # It waits for us, that is not its time.
+                    self.happened(events.Beat(number, self._settings.ready_timeout_seconds))
                     continue
             del self._judging[number]
             self._selector.unregister(job)

@@ -253,6 +253,16 @@ def test_broken_code_at_boot_runs_what_was_known_good(supervise: Supervise, serv
     second.expect("^serving 2$")
 
 
+def test_known_good_code_that_takes_long_to_judge_is_started(supervise: Supervise, service: Path) -> None:
+    bulk = "".join(f"def f{n}(a): return [a, {n}, lambda: a + {n}]\n" for n in range(40_000))
+    (service / "modules" / "bulk.py").write_text(bulk, encoding="utf-8")
+    known_good(supervise, service, *OVERLAP).command("stop")
+    write(service, "this is no Python\n")
+    started = supervise(*OVERLAP, "--ready-timeout=1", "main.py", cwd=service)
+    started.expect("^serving 1$")
+    assert not [line for line in started.output.lines if "not live within" in line]
+
+
 def test_quarantine_survives_kill_9_of_the_supervisor(
     supervise: Supervise, service: Path, tmp_path: Path
 ) -> None:
