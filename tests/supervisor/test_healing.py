@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import threading
+import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.supervisor.harness import SUPERVISOR, Supervised, history, is_gone, until
+from tests.supervisor.harness import DEADLINE_SECONDS, SUPERVISOR, Supervised, history, is_gone, until
 
 Supervise = Callable[..., Supervised]
 
@@ -254,7 +255,7 @@ def test_broken_code_at_boot_runs_what_was_known_good(supervise: Supervise, serv
 
 
 def test_known_good_code_that_takes_long_to_judge_is_started(supervise: Supervise, service: Path) -> None:
-    bulk = "".join(f"def f{n}(a): return [a, {n}, lambda: a + {n}]\n" for n in range(40_000))
+    bulk = "".join(f"def f{n}(a): return [a, {n}, lambda: a + {n}]\n" for n in range(15_000))
     (service / "modules" / "bulk.py").write_text(bulk, encoding="utf-8")
     known_good(supervise, service, *OVERLAP).command("stop")
     write(service, "this is no Python\n")
