@@ -160,7 +160,9 @@ class Commands:
             return
         reload = self._asked_for(client)
         reload.tree, reload.rollback = target, True
-        disk = self._pipeline.disk
+        self._pipeline.give_up("by the operator's rollback")
+        # What has a problem does not come back by itself, and the problem is what people want to know.
+        disk = self._pipeline.disk if self._pipeline.problem is None else None
         event = RollbackRequested(f"rolled back by {_who(client.uid)}", disk.digest if disk else None)
         self._desk.happened(event, reload)
 

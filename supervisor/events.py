@@ -109,12 +109,14 @@ class Exited:
         how: for people, for example ``exit status 7``.
         error: the exception that ended it, where it told us.
         importing: that exception came from loading code.
+        blameless: the machine could not start it just now; nothing is known against its tree.
     """
 
     number: int
     how: str
     error: str | None = None
     importing: bool = False
+    blameless: bool = False
 
 
 @dataclass(frozen=True)

@@ -256,7 +256,8 @@ class State:
     @property
     def earlier_good(self) -> str | None:
         """The known good tree that an operator's rollback leads to."""
-        running = self.live.tree if self.live is not None else self.retry.tree if self.retry else None
+        runs = self.live or self.candidate or self.retry
+        running = runs.tree if runs is not None else None
         others = sorted(
             (tree for tree in self.known_good if tree != running), key=self.quarantine.__contains__
         )
@@ -373,6 +374,10 @@ class _Step:
         self._forget(gone)
         if gone.stage is Stage.LIVE:
             self._live_ended(gone, event)
+        elif event.blameless and gone.stage is not Stage.DRAINING:
+            self.actions.append(Report(gone.number, "rejected", "crash", event.error))
+            if self.state.live is None and not self.state.stopping:
+                self._retry(gone.tree, gone.trigger)
         elif gone.stage is not Stage.DRAINING:
             reason: Reason = "import" if gone.stage is not Stage.STARTED or event.importing else "crash"
             self._failed(gone, reason, event.error or f"it ended with {event.how} before it was live")

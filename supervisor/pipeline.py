@@ -497,6 +497,19 @@ class Pipeline:
         reload.finish(outcome, self._clock(), reason, detail)
         self._finished(reload)
 
+    def try_again(self, now: float) -> None:
+        """Look at the tree again in a while: what kept it from being started was not its fault."""
+        self._judged = None
+        self._begin("scan", now).not_before = now + _TRY_AGAIN_SECONDS
+
+    def give_up(self, why: str) -> None:
+        """Cancel what is being built; its reload ends, and who asked for it hears it."""
+        build, self._build = self._build, None
+        if build is not None:
+            build.job.cancel()
+            self._again |= build.job.paths
+            self._end(build.reload, "superseded", detail=why)
+
     def heal(self, now: float) -> None:
         """Write every pinned source anew that is still on disk: some are missing or damaged."""
         self._blobs.distrust()
@@ -523,9 +536,8 @@ class Pipeline:
 
     def close(self) -> None:
         """Stop what is under way; its reloads end, and who asked for them hears it."""
-        reloads = [under_way.reload for under_way in (self._build, self._pending) if under_way is not None]
-        if self._build is not None:
-            self._build.job.cancel()
-        self._build = self._pending = None
-        for reload in reloads:
-            self._end(reload, "superseded", detail="by the operator's stop")
+        why = "by the operator's stop"
+        self.give_up(why)
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._end(pending.reload, "superseded", detail=why)

@@ -16,6 +16,7 @@ have changed).
 from __future__ import annotations
 
 import collections
+import errno
 import logging
 import os
 import random
@@ -61,6 +62,8 @@ _LOOP_HANGS_SECONDS = 5.0
 _SUSPECT_INTERVAL_SECONDS = 5.0
 _OVERSLEPT_SECONDS = 1.0
 _CLOSE_SECONDS = 2.0
+_PASSING_ERRORS = frozenset({errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+"""Of the machine, not of what was to be started."""
 _SIGNALS = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
 
 
@@ -576,8 +579,12 @@ class Service:
                 number, manifest, self._blobs.put_manifest(manifest), self._reloads[number].commit
             )
         except OSError as error:
-            # Out of processes or memory: to the lifecycle it is a child that ended, with its backoff.
-            self.happened(events.Exited(number, "no process", f"cannot start a process: {error}"))
+            # To the lifecycle it is a child that ended, with its backoff.
+            passing = error.errno in _PASSING_ERRORS
+            if passing:
+                self._pipeline.try_again(time.monotonic())
+            why = f"cannot start a process: {error}"
+            self.happened(events.Exited(number, "no process", why, blameless=passing))
 
     def _collect_judgements(self, now: float) -> None:
         """Start what was waiting for the prints of its code: a tree from before this supervisor's time."""

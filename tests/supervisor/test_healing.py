@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -542,6 +543,22 @@ def test_candidate_that_waits_for_a_running_git_does_not_run_out_of_time(
     (tree / ".git" / "index.lock").unlink()
     started.expect(LIVE)
     assert not [line for line in started.output.lines if "rejected" in line]
+
+
+@pytest.mark.parametrize("spare", [4])  # Enough to look and to compile, not to start.
+def test_new_code_starts_when_there_are_descriptors_again(
+    supervise: Supervise, service: Path, spare: int
+) -> None:
+    started = known_good(supervise, service, *OVERLAP, "--scan-interval=0.2")
+    pid = started.process.pid
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    used = max(int(entry.name) for entry in Path(f"/proc/{pid}/fd").iterdir()) + 1
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + spare, before[1]))
+    write(service, GOOD.format(2))
+    started.expect("Too many open files")
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+    started.expect("^serving 2$")
+    started.expect(LIVE)
 
 
 DAEMON = """

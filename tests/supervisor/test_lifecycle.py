@@ -503,6 +503,27 @@ def test_candidate_that_fails_in_a_pause_after_the_old_one_was_stopped_brings_th
     assert launched(actions) == ["b"]
 
 
+def test_tree_that_the_machine_could_not_start_is_not_put_away() -> None:
+    run = Run(OVERLAP)
+    run.happens(TreeReady("a", "watch"))
+    assert reports(run.happens(Exited(1, "no process", "no memory", blameless=True))) == [
+        ("rejected", "crash")
+    ]
+    assert launched(run.happens(Tick(), after=1)) == ["a"]
+    run.candidate_goes_live()
+    run.happens(TreeReady("b", "watch"))
+    run.happens(Exited(3, "no process", "no memory", blameless=True))
+    assert not run.state.quarantine
+    assert launched(run.happens(TreeReady("b", "scan"))) == ["b"]
+
+
+def test_rollback_while_good_code_is_on_its_way_leads_further_back() -> None:
+    run = Run(OVERLAP)
+    run.state = State(known_good=("b", "a"))
+    assert launched(run.happens(TreeRejected())) == ["b"]
+    assert run.state.earlier_good == "a"
+
+
 def test_rollback_that_fails_does_not_end_with_nothing() -> None:
     run = Run(REPLACE)
     run.becomes_known_good("a")
@@ -598,7 +619,13 @@ class AnythingCanHappen(RuleBasedStateMachine):
 
     @rule(
         event=st.sampled_from(
-            [RestartRequested(), RollbackRequested("x"), PauseRequested(), ResumeRequested()]
+            [
+                RestartRequested(),
+                RollbackRequested("x"),
+                RollbackRequested("x", "b"),
+                PauseRequested(),
+                ResumeRequested(),
+            ]
         )
     )
     def operator_asks(self, event: Event) -> None:
@@ -630,11 +657,11 @@ class AnythingCanHappen(RuleBasedStateMachine):
         self.happens(kind(data.draw(st.sampled_from(sorted(self.alive) or [0]))))
 
     @precondition(lambda self: self.alive)
-    @rule(data=st.data(), importing=st.booleans())
-    def ends(self, data: st.DataObject, *, importing: bool) -> None:
+    @rule(data=st.data(), importing=st.booleans(), blameless=st.booleans())
+    def ends(self, data: st.DataObject, *, importing: bool, blameless: bool) -> None:
         number = data.draw(st.sampled_from(sorted(self.alive)))
         self.alive.discard(number)
-        self.happens(Exited(number, "exit status 1", importing=importing))
+        self.happens(Exited(number, "exit status 1", importing=importing, blameless=blameless))
 
     @rule(seconds=st.sampled_from([0.1, 1.0, 16.0, 31.0]))
     def time_passes(self, seconds: float) -> None:
