@@ -471,14 +471,14 @@ def test_reload_that_a_pause_held_is_not_called_unchanged(supervise: Supervise, 
 
 def test_password_in_what_a_child_says_of_itself_is_masked(supervise: Supervise, service: Path) -> None:
     says = NOTIFYING.replace(
-        'b"READY=1"', 'b"READY=1\\nSTATUS=at db://u:hunter2@h\\nX_SUSPECT=db://u:hunter2@h"'
+        'b"READY=1"', 'b"READY=1\\nSTATUS=at db://u:s3cret@h\\nX_SUSPECT=db://u:s3cret@h"'
     )
     (service / "main.py").write_text(says, encoding="utf-8")
     started = supervise(*OVERLAP, "main.py", cwd=service)
     started.expect("is suspicious: db://")
     started.expect(LIVE)
     assert started.status()["live"]["status"] == "at db://u:***@h"
-    assert "hunter2" not in "\n".join(started.output.lines)
+    assert "s3cret" not in "\n".join(started.output.lines)
 
 
 def test_settings_that_failed_are_tried_again_when_the_operator_asks(
