@@ -103,6 +103,7 @@ class Chronicle:
             reason=reload.reason,
             detail=reload.detail,
             generation=reload.generation,
+            previous_generation=reload.previous_generation,
             tree=reload.tree,
             previous_tree=reload.previous_tree,
             commit=reload.commit,

@@ -126,7 +126,6 @@ class Record:
         paths_total: how many changed.
         stages: seconds spent in each stage.
         total_seconds: from the first sign to the outcome.
-        downtime_seconds: how long nothing served because of it; None if that was not measured.
         uid: user who asked, None if nobody did.
         ending: of the child whose end this was about.
     """
@@ -148,7 +147,6 @@ class Record:
     paths_total: int = 0
     stages: Mapping[str, float] = field(default_factory=dict)
     total_seconds: float | None = None
-    downtime_seconds: float | None = None
     uid: int | None = None
     ending: Ending | None = None
 

@@ -63,6 +63,7 @@ class Reload:
         rollback: an operator asked for an earlier tree.
         commit: that ``tree`` stood at when it was started, where git knows it.
         previous_commit: the same of ``previous_tree``.
+        previous_generation: the one that served when this one was started.
         on_finish: called with the record when there is an outcome.
     """
 
@@ -82,6 +83,7 @@ class Reload:
     rollback: bool = False
     commit: str | None = None
     previous_commit: str | None = None
+    previous_generation: int | None = None
     on_finish: list[Callable[[Reload], None]] = field(default_factory=list)
     identity: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     _marked_at: float | None = None

@@ -557,6 +557,7 @@ class Service:
         reload.tree, reload.generation = action.tree, action.number
         reload.previous_tree = before.digest if before else self._state.served
         reload.previous_commit = self.live.commit if self.live else None
+        reload.previous_generation = self._last_live or None
         manifest = self._manifests[action.tree]
         disk = self._pipeline.disk
         # Whatever is launched from the blobs of an earlier tree has no commit that git could tell us.

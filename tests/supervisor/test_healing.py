@@ -301,6 +301,8 @@ def test_restart_is_a_new_process_of_the_same_code_through_the_ordinary_handover
     before = started.live()
     record = json.loads(started.command("restart", "--json").stdout)
     assert (record["outcome"], record["trigger"], record["uid"]) == ("live", "cli", os.getuid())
+    newest = history(started)[0]
+    assert (newest["generation"], newest["previous_generation"]) == (2, 1)
     assert started.live() != before
     started.expect("^finished 1$")
     assert started.status()["in_sync"]

@@ -37,7 +37,6 @@ RELOAD = Record(
     paths_total=2,
     stages={"settle": 0.015, "compile": 0.0071234567},
     total_seconds=0.0431234567,
-    downtime_seconds=0.0,
     uid=1000,
 )
 CRASH = Record(
