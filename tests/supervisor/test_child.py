@@ -97,6 +97,13 @@ def generation(
 
 
 @pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring coverage loads half the standard library before any program starts."""
+    for name in [name for name in os.environ if name.startswith("COVERAGE_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
 def fifo(tmp_path: Path) -> Path:
     """A pipe that the application waits on, and one that it answers on."""
     os.mkfifo(tmp_path / "step")
@@ -556,14 +563,12 @@ def test_plugin_loaded_by_its_path_is_pinned(
     assert "later.py" in {module.path for module in stepped.attest().modules if module.sha256}
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_modules_named_like_the_standard_library_are_those_of_the_tree(
     tree: Path,
     generation: Callable[..., Generation],
     capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name in [name for name in os.environ if name.startswith("COVERAGE_")]:
-        monkeypatch.delenv(name)  # Measuring loads half the standard library before any program starts.
     names = ["json", "ast", "struct", "traceback", "hashlib", "linecache", "select", "faulthandler"]
     for name in names:
         (tree / f"{name}.py").write_text("MINE = True\n", encoding="utf-8")
@@ -634,6 +639,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_spawned_workers_import_what_their_generation_was_started_from(
     tree: Path, generation: Callable[..., Generation], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -668,8 +674,9 @@ def test_spawned_workers_import_what_their_generation_was_started_from(
 
 
 def test_spawning_is_not_made_ready_for_an_application_that_does_not_spawn(
-    stepped: Generation, fifo: Path
+    unmeasured: None, stepped: Generation, fifo: Path
 ) -> None:
+    del unmeasured  # Before the process that it is about.
     code = "import sys; result['loaded'] = [name for name in sys.modules if 'multiprocessing' in name]"
     assert tell(fifo, code) == {"loaded": []}
     assert stepped.verdict().problem is None
