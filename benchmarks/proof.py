@@ -12,9 +12,9 @@ cold means that the kernel was asked to drop the files from its page cache; what
 table, names and inodes stay cached.
 
 Prints a Markdown table and writes it to ``benchmarks/results/proof.md``; what misses its target is marked
-so. Run it on a machine at rest, and not within two minutes after thousands of files were deleted (by an
-earlier run, for example): ext4 passes over inodes that were freed just now, which makes a new file ten
-times as expensive.
+so. Run it on a machine at rest, and not within six minutes after thousands of files were deleted (by an
+earlier run, for example): ext4 without a journal passes over inodes that were freed just now, which makes a
+new file ten times as expensive (``recently_deleted`` in fs/ext4/ialloc.c).
 """
 
 from __future__ import annotations
