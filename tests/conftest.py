@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit, urlunsplit
 
@@ -31,8 +32,10 @@ def _children_run_as_installed() -> Iterator[None]:
     """Take the caller's habits out of the environment of children.
 
     Bytecode that is never written hides the stale-bytecode bug; unbuffered output tears lines apart in a pipe
-    that two processes share.
+    that two processes share; a shell that starts us in the background has them ignore Ctrl-C.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.MonkeyPatch.context() as patch:
         for name in ("PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED"):
             patch.delenv(name, raising=False)
