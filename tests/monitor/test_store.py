@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sqlite3
 import threading
 from collections import Counter
 from contextlib import closing
@@ -30,6 +31,7 @@ from monitor.store import Store
 from monitor.totals import Totals
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
@@ -178,6 +180,20 @@ def _post(bridge: SyntheticBridge, number: int, sender: str = PHONE) -> None:
     bridge.post(chat_jid=NORTHFIELD, sender=sender, content=f"DR{1000000 + number}")
 
 
+def _freeze(process: subprocess.Popen[bytes], bridge: SyntheticBridge) -> None:
+    """Stop a monitor where it does not read the bridge: one frozen in a read makes every write wait."""
+    while True:
+        process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+        with closing(sqlite3.connect(bridge.messages_db, timeout=1, isolation_level=None)) as connection:
+            try:
+                connection.execute("BEGIN EXCLUSIVE")
+            except sqlite3.OperationalError:
+                process.send_signal(signal.SIGCONT)
+            else:
+                return
+
+
 def _stored(rows: Rows) -> int:
     return int(rows("SELECT count(*) FROM qa_photo_reviews")[0][0])
 
@@ -226,7 +242,7 @@ def test_frozen_owner_that_wakes_up_after_a_takeover_goes_back_to_standby(
     first.await_message("writing")
     second = start_monitor(WA_LEASE="30")
     second.await_message("standing by")
-    first.process.send_signal(signal.SIGSTOP)
+    _freeze(first.process, bridge)
     second.await_message("writing, epoch 2")
     _post(bridge, 1)
     first.process.send_signal(signal.SIGCONT)
