@@ -16,10 +16,8 @@ have changed).
 from __future__ import annotations
 
 import collections
-import errno
 import logging
 import os
-import random
 import selectors
 import signal
 import socket
@@ -29,11 +27,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from supervisor import environment, events, git, launch, lifecycle, lock, orphans
+from supervisor import events, git, lifecycle, lock, orphans
 from supervisor.blobs import BlobStore
 from supervisor.bytecode import CompileJob
 from supervisor.chronicle import Chronicle
 from supervisor.commands import Commands
+from supervisor.configuration import Configuration
 from supervisor.control import Client, ControlServer
 from supervisor.errors import BlobError, UsageError
 from supervisor.events import AUTOMATIC_TRIGGERS, Action, Reason
@@ -50,7 +49,8 @@ from supervisor.processes import Identity
 from supervisor.remembered import RecordedProcess, Remembered
 from supervisor.reporting import Reporting
 from supervisor.scribe import Scribe
-from supervisor.settings import Settings, changeable
+from supervisor.settings import Settings
+from supervisor.starting import Starter
 from supervisor.status import in_sync_problem
 from supervisor.watch import Watcher
 from supervisor.web import WebServer
@@ -62,8 +62,6 @@ _LOOP_HANGS_SECONDS = 5.0
 _SUSPECT_INTERVAL_SECONDS = 5.0
 _OVERSLEPT_SECONDS = 1.0
 _CLOSE_SECONDS = 2.0
-_PASSING_ERRORS = frozenset({errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
-"""Of the machine, not of what was to be started."""
 _SIGNALS = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
 
 
@@ -87,18 +85,16 @@ class Service:
         reread: Callable[[], Settings],
         inherited: Mapping[str, str] = os.environ,
     ) -> None:
-        self._settings = settings
-        self._reread = reread
-        self._output = output
-        self._inherited = dict(inherited)
-        self._environment = environment.read(self._inherited, settings.env_file)
+        inherited = dict(inherited)
+        notify_path = settings.runtime_dir / "notify.sock"
+        self._configuration = Configuration(settings, reread, inherited, notify_path)
         self._selector = selectors.DefaultSelector()
         self._wake_reader, self._wake_writer = socket.socketpair()
         for end in (self._wake_reader, self._wake_writer):
             end.setblocking(False)
         self._selector.register(self._wake_reader, selectors.EVENT_READ, self._woken)
         self._control = ControlServer(settings.runtime_dir, self._selector, self._command)
-        self._notify_socket = NotifySocket(settings.runtime_dir / "notify.sock")
+        self._notify_socket = NotifySocket(notify_path)
         self._selector.register(self._notify_socket, selectors.EVENT_READ, self._notified)
         self._state_lock = lock.take(settings.state_dir, "--state-dir")
         self._blobs = _open_blobs(settings.state_dir)
@@ -117,7 +113,7 @@ class Service:
             scratch=settings.runtime_dir,
             repository=self._repository,
             quiet_seconds=settings.quiet_seconds,
-            environment=self._inherited,
+            environment=inherited,
             finished=self._reload_finished,
             quarantined=self._quarantined,
         )
@@ -128,7 +124,7 @@ class Service:
             notify_socket=self._notify_socket.path,
             output=output,
             helpers=self._helpers,
-            environment=self._environment_of,
+            environment=self._configuration.environment_of,
             disk=lambda: self._pipeline.disk,
             prints=lambda: self._pipeline.prints,
             happened=self.happened,
@@ -147,17 +143,20 @@ class Service:
             history=self._history,
             output_log=settings.state_dir / CHILD_LOG,
         )
-        self._policy = _policy(settings)
+        self._starter = Starter(
+            fleet=self._fleet,
+            pipeline=self._pipeline,
+            blobs=self._blobs,
+            selector=self._selector,
+            happened=self.happened,
+        )
         self._manifests: dict[str, Manifest] = {}
         self._state = self._recall()
         self._events: collections.deque[tuple[events.Event, Reload | None]] = collections.deque()
         self._held: events.Attested | None = None
         self._reloads: dict[int, Reload] = {}
-        self._started_with: dict[int, tuple[Settings, str]] = {}
-        """Number of each generation to its settings and the digest of its environment."""
         self._launching: Reload | None = None
         self._lived = Reload("start", 0.0)
-        self._judging: dict[int, CompileJob] = {}
         self._job: CompileJob | None = None
         self._timers: list[tuple[float, Callable[[], None]]] = []
         self._last_live = 0
@@ -169,6 +168,10 @@ class Service:
         self._turned_at = time.monotonic()
         self._status: dict[str, Any] = {}
         self._web = WebServer(settings.listen, metrics_registry, self._published)
+
+    @property
+    def _settings(self) -> Settings:
+        return self._configuration.settings
 
     def _recall(self) -> lifecycle.State:
         """Take over what an earlier supervisor of this state directory knew and left behind."""
@@ -238,7 +241,7 @@ class Service:
         self._fleet.reap(now)
         self._run_timers(now)
         self._collect_job(now)
-        self._collect_judgements(now)
+        self._starter.collect(now, self._settings.ready_timeout_seconds)
         found = self._pipeline.advance(
             now, live=self._live_manifest, candidate=self._candidate_reload, outdated=self._outdated
         )
@@ -265,7 +268,7 @@ class Service:
         now = time.monotonic()
         times = [self._housekeeping_at, self._state.deadline(), self._pipeline.deadline()]
         times += [self._fleet.deadline(now), *(at for at, _ in self._timers)]
-        times += [job.deadline for job in self._judging.values()]
+        times += [job.deadline for job in self._starter.jobs]
         return max(0.0, min(at for at in times if at is not None) - now)
 
     def _wake(self) -> None:
@@ -336,12 +339,8 @@ class Service:
         self, trigger: str, uid: int | None = None, on_finish: Callable[[Reload], None] | None = None
     ) -> None:
         """Read settings, environment and the whole tree again, and reload."""
-        settings = changeable(self._settings, self._reread())
-        found = environment.read(self._inherited, settings.env_file)
-        renew = settings != self._settings or found.digest != self._environment.digest
-        self._settings, self._environment = settings, found
-        self._policy = _policy(settings)
-        self._pipeline.quiet_seconds = settings.quiet_seconds
+        renew = self._configuration.read_again()
+        self._pipeline.quiet_seconds = self._settings.quiet_seconds
         if renew:
             log.info("settings or environment have changed: a new generation takes them over")
         self._notify_reloading()
@@ -359,17 +358,16 @@ class Service:
 
     def _read_environment_again(self) -> None:
         """Notice that the environment file was edited; a broken one changes nothing."""
-        if self._settings.env_file is None:
+        if self._state.paused:
             return
         try:
-            found = environment.read(self._inherited, self._settings.env_file)
+            changed = self._configuration.read_environment_again()
         except UsageError as error:
             self._reporting.setting_problem(str(error))
             return
         self._reporting.setting_problem(None)
-        if found.digest != self._environment.digest and not self._state.paused:
+        if changed:
             log.info("the environment has changed: a new generation takes it over")
-            self._environment = found
             self._pipeline.ask("config", time.monotonic(), renew=True)
 
     # --- pipeline -----------------------------------------------------------------------------------------
@@ -399,7 +397,7 @@ class Service:
         self._job = job
 
     def _helpers(self) -> Collection[int]:
-        jobs = [*self._judging.values(), *([self._pipeline.job] if self._pipeline.job else [])]
+        jobs = [*self._starter.jobs, *([self._pipeline.job] if self._pipeline.job else [])]
         return [job.pid for job in jobs if job.pid is not None]
 
     def _see_tree(self) -> None:
@@ -456,11 +454,11 @@ class Service:
             event, self._launching = self._events.popleft()
             now = time.monotonic()
             self._time_stage(event, now)
-            self._state, actions = lifecycle.step(self._policy, self._state, event, now)
+            self._state, actions = lifecycle.step(self._configuration.policy, self._state, event, now)
             for action in actions:
                 self._act(action, now)
             if isinstance(event, events.Exited):
-                self._started_with.pop(event.number, None)
+                self._configuration.ended(event.number)
                 self._child_metrics.end(event.number)
                 self._chronicle.ended(event.number)
                 if event.error and "PinnedSourceError" in event.error:
@@ -530,12 +528,12 @@ class Service:
                 self._fleet.go(number)
             case events.Dump(number):
                 self._fleet.dump(number)
-                self._never_started(number)
+                self._starter.cancel(number)
             case events.Terminate(number):
                 self._fleet.terminate(number)
             case events.Kill(number):
                 self._fleet.kill(number)
-                self._never_started(number)
+                self._starter.cancel(number)
             case events.Report():
                 self._report(action, now)
             case events.Restarting():
@@ -558,66 +556,13 @@ class Service:
         reload.previous_tree = before.digest if before else self._state.served
         reload.previous_commit = self.live.commit if self.live else None
         reload.previous_generation = self._last_live or None
-        manifest = self._manifests[action.tree]
         disk = self._pipeline.disk
         # Whatever is launched from the blobs of an earlier tree has no commit that git could tell us.
         on_disk = disk is not None and disk.digest == action.tree
         reload.commit = self._repository.commit() if self._repository and on_disk else None
         self._reloads[action.number] = reload
-        if self._pipeline.knows_prints_of(manifest):
-            self._start(action.number, manifest)
-        else:
-            self._judging[action.number] = job = self._pipeline.judge(manifest, now)
-            self._selector.register(job, selectors.EVENT_READ, lambda: None)
-
-    def _start(self, number: int, manifest: Manifest) -> None:
-        self._started_with[number] = self._settings, self._environment.digest
-        if not self._blobs.holds(manifest):
-            log.warning("pinned sources were taken away; what is on disk is kept anew")
-            self._pipeline.heal(time.monotonic())
-        try:
-            self._fleet.launch(
-                number, manifest, self._blobs.put_manifest(manifest), self._reloads[number].commit
-            )
-        except OSError as error:
-            # To the lifecycle it is a child that ended, with its backoff.
-            passing = error.errno in _PASSING_ERRORS
-            if passing:
-                self._pipeline.try_again(time.monotonic())
-            why = f"cannot start a process: {error}"
-            self.happened(events.Exited(number, "no process", why, blameless=passing))
-
-    def _collect_judgements(self, now: float) -> None:
-        """Start what was waiting for the prints of its code: a tree from before this supervisor's time."""
-        for number, job in list(self._judging.items()):
-            if job.deadline <= now:
-                job.cancel()
-                report = None
-            else:
-                report = job.read()
-                if report is None:  # It waits for us, that is not its time.
-                    self.happened(events.Beat(number, self._settings.ready_timeout_seconds))
-                    continue
-            del self._judging[number]
-            self._selector.unregister(job)
-            candidate = self._state.candidate
-            if candidate is None or candidate.number != number:
-                continue
-            if report is not None and report.error is None:
-                manifest = self._manifests[candidate.tree]
-                self._pipeline.take_prints(manifest, report)
-                self._start(number, manifest)
-            else:
-                why = report.error if report is not None else "compiling it took too long"
-                self.happened(events.Exited(number, "no process", why))
-
-    def _never_started(self, number: int) -> None:
-        """End a generation that still waited for the prints of its code."""
-        job = self._judging.pop(number, None)
-        if job is not None:
-            self._selector.unregister(job)
-            job.cancel()
-            self.happened(events.Exited(number, "no process"))
+        self._configuration.started(action.number)
+        self._starter.start(action.number, self._manifests[action.tree], reload.commit, now)
 
     def _report(self, report: events.Report, now: float) -> None:
         reload = self._reloads.pop(report.number, None)
@@ -677,21 +622,12 @@ class Service:
     @property
     def _outdated(self) -> bool:
         """Whether the live generation was started with other settings than those of now."""
-        wanted = self._settings, self._environment.digest
-        return self._state.live is not None and self._started_with.get(self._state.live.number) != wanted
+        live = self._state.live
+        return live is not None and self._configuration.is_outdated(live.number)
 
     @property
     def _candidate_reload(self) -> Reload | None:
         return self._reloads[self._state.candidate.number] if self._state.candidate else None
-
-    def _environment_of(self, number: int, tree: str) -> Mapping[str, str]:
-        return launch.child_environment(
-            self._environment.variables,
-            notify_socket=self._notify_socket.path,
-            watchdog_seconds=self._settings.watchdog_seconds,
-            generation=number,
-            tree=tree,
-        )
 
     def _notified(self) -> None:
         for message in self._notify_socket.receive():
@@ -779,8 +715,7 @@ class Service:
 
     def _close(self) -> None:
         self._pipeline.close()
-        for job in self._judging.values():
-            job.cancel()
+        self._starter.close()
         self._watcher.close()
         self._web.close()
         self._notify_socket.close()
@@ -794,19 +729,6 @@ class Service:
         self._wake_reader.close()
         self._wake_writer.close()
         os.close(self._state_lock)
-
-
-def _policy(settings: Settings) -> lifecycle.Policy:
-    return lifecycle.Policy(
-        overlap=settings.handover == "overlap",
-        notify=settings.type == "notify",
-        ready_timeout_seconds=settings.ready_timeout_seconds,
-        stop_timeout_seconds=settings.stop_timeout_seconds,
-        watchdog_seconds=settings.watchdog_seconds,
-        probation_seconds=settings.probation_seconds,
-        max_age_seconds=settings.max_age_seconds,
-        jitter=lambda: random.uniform(0.8, 1.2),  # noqa: S311 -- spreads restarts, keeps no secret
-    )
 
 
 def _open_blobs(directory: Path) -> BlobStore:

@@ -1,0 +1,141 @@
+"""Starting: from the decision to launch a generation to its process, or to the news that there is none.
+
+The rule: a process is started only when its code can be judged, that is when the prints of every source of
+its manifest are known. They are after a build; of a tree from before this supervisor's time a helper makes
+them from the blobs first. A process that cannot be started is to the lifecycle one that ended: whatever
+happens here, the launch has exactly one answer.
+
+The main loop calls in; nothing here blocks.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import selectors
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from supervisor import events
+from supervisor.blobs import BlobStore
+from supervisor.bytecode import CompileJob
+from supervisor.fleet import Fleet
+from supervisor.manifest import Manifest
+from supervisor.pipeline import Pipeline
+
+log = logging.getLogger("wa-supervisor")
+
+_PASSING_ERRORS = frozenset({errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+"""Of the machine, not of what was to be started."""
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """A generation that waits for the prints of its code."""
+
+    manifest: Manifest
+    commit: str | None
+    job: CompileJob
+
+
+class Starter:
+    """Starts processes of generations.
+
+    Args:
+        fleet: where they live.
+        pipeline: knows the prints of code.
+        blobs: where the sources are kept.
+        selector: the main loop's.
+        happened: takes an event of the lifecycle.
+    """
+
+    def __init__(
+        self,
+        *,
+        fleet: Fleet,
+        pipeline: Pipeline,
+        blobs: BlobStore,
+        selector: selectors.BaseSelector,
+        happened: Callable[[events.Event], None],
+    ) -> None:
+        self._fleet = fleet
+        self._pipeline = pipeline
+        self._blobs = blobs
+        self._selector = selector
+        self._happened = happened
+        self._waiting: dict[int, _Waiting] = {}
+
+    @property
+    def jobs(self) -> Collection[CompileJob]:
+        """The helpers that run now."""
+        return [waiting.job for waiting in self._waiting.values()]
+
+    def start(self, number: int, manifest: Manifest, commit: str | None, now: float) -> None:
+        """Start a process of a manifest, as soon as its code can be judged.
+
+        Args:
+            number: of the generation.
+            manifest: what it runs.
+            commit: that its tree stands at, where git knows it.
+            now: monotonic time.
+        """
+        if self._pipeline.knows_prints_of(manifest):
+            self._launch(number, manifest, commit)
+        else:
+            job = self._pipeline.judge(manifest, now)
+            self._waiting[number] = _Waiting(manifest, commit, job)
+            self._selector.register(job, selectors.EVENT_READ, lambda: None)
+
+    def collect(self, now: float, patience_seconds: float) -> None:
+        """Start those whose prints have arrived.
+
+        Args:
+            now: monotonic time.
+            patience_seconds: what a generation gets to become ready; it waits for us, that is not its time.
+        """
+        for number, waiting in list(self._waiting.items()):
+            if waiting.job.deadline <= now:
+                waiting.job.cancel()
+                report = None
+            else:
+                report = waiting.job.read()
+                if report is None:
+                    self._happened(events.Beat(number, patience_seconds))
+                    continue
+            self._forget(number)
+            if report is not None and report.error is None:
+                self._pipeline.take_prints(waiting.manifest, report)
+                self._launch(number, waiting.manifest, waiting.commit)
+            else:
+                why = report.error if report is not None else "compiling it took too long"
+                self._happened(events.Exited(number, "no process", why))
+
+    def cancel(self, number: int) -> None:
+        """End a generation that still waits; one that has its process is not concerned."""
+        if number in self._waiting:
+            self._waiting[number].job.cancel()
+            self._forget(number)
+            self._happened(events.Exited(number, "no process"))
+
+    def close(self) -> None:
+        """Cancel the helpers that run."""
+        for job in self.jobs:
+            job.cancel()
+
+    def _forget(self, number: int) -> None:
+        self._selector.unregister(self._waiting.pop(number).job)
+
+    def _launch(self, number: int, manifest: Manifest, commit: str | None) -> None:
+        if not self._blobs.holds(manifest):
+            log.warning("pinned sources were taken away; what is on disk is kept anew")
+            self._pipeline.heal(time.monotonic())
+        try:
+            self._fleet.launch(number, manifest, self._blobs.put_manifest(manifest), commit)
+        except OSError as error:
+            # To the lifecycle it is a child that ended, with its backoff.
+            passing = error.errno in _PASSING_ERRORS
+            if passing:
+                self._pipeline.try_again(time.monotonic())
+            why = f"cannot start a process: {error}"
+            self._happened(events.Exited(number, "no process", why, blameless=passing))
