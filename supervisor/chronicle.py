@@ -19,7 +19,7 @@ from supervisor.events import AUTOMATIC_TRIGGERS, Drained, Promoted, Reason, Res
 from supervisor.fleet import Fleet
 from supervisor.history import PATHS_LIMIT, History, Record
 from supervisor.lifecycle import Fault, State
-from supervisor.pipeline import Reload
+from supervisor.reload import Reload
 from supervisor.remembered import Quarantined, RecordedProcess, Remembered
 from supervisor.scribe import Scribe
 

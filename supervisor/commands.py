@@ -29,7 +29,8 @@ from supervisor.fleet import Fleet, Running
 from supervisor.git import Repository
 from supervisor.history import History
 from supervisor.lifecycle import State
-from supervisor.pipeline import Pipeline, Reload
+from supervisor.pipeline import Pipeline
+from supervisor.reload import Reload
 from supervisor.status import ANSWER_SECONDS, verify_document
 
 log = logging.getLogger("wa-supervisor")

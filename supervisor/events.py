@@ -57,6 +57,13 @@ class TreeSeen:
 
 
 @dataclass(frozen=True)
+class TreeLeft:
+    """The disk has not come to rest at this tree, although a candidate was started from it."""
+
+    tree: str
+
+
+@dataclass(frozen=True)
 class Imported:
     """A child stands at its gate with its imports done."""
 
@@ -169,6 +176,7 @@ Event = (
     | TreeRejected
     | TreeUnchanged
     | TreeSeen
+    | TreeLeft
     | Imported
     | Attested
     | Ready

@@ -71,6 +71,7 @@ from supervisor.events import (
     StopRequested,
     Terminate,
     Tick,
+    TreeLeft,
     TreeReady,
     TreeRejected,
     TreeSeen,
@@ -319,6 +320,12 @@ class _Step:
         kept = {tree: fault for tree, fault in self.state.quarantine.items() if tree == event.tree}
         if kept != self.state.quarantine:
             self.state = replace(self.state, quarantine=kept)
+
+    def tree_left(self, event: TreeLeft) -> None:
+        candidate = self.state.candidate
+        if candidate is not None and candidate.tree == event.tree and not candidate.was_started:
+            self.actions.append(Report(candidate.number, "superseded", detail="the tree has changed again"))
+            self._discard(candidate)
 
     # --- children -----------------------------------------------------------------------------------------
 
@@ -735,6 +742,8 @@ def step(policy: Policy, state: State, event: Event, now: float) -> tuple[State,
             work.tree_unchanged(event)
         case TreeSeen():
             work.tree_seen(event)
+        case TreeLeft():
+            work.tree_left(event)
         case Imported():
             work.imported(event)
         case Attested():

@@ -2,31 +2,32 @@
 
     watch ──> settle ──> manifest ──> bytecode ──> (lifecycle: launch, verify, handover)
 
-A *reload* is one way through it: it begins with the first sign of a change and ends with exactly one outcome,
-and its record says who asked, which paths, how long each stage took and why it ended as it did.
-
 The rules:
 
-- No wait without a bound: a tree that never comes to rest is looked at after :data:`MAX_SETTLE_SECONDS`; only
-  a running git that holds its index holds us longer.
+- Settling delays the handover, not the work: what one finished file makes of the tree is built while the
+  quiet period runs (:mod:`supervisor.settling`), and :meth:`Pipeline.gate` holds the handover meanwhile. If
+  more changes come, the same reload goes on with what is on disk then.
 - Same content as what is live or on its way: outcome ``unchanged``. Content decides, whatever caused the
   hint.
 - A newer change supersedes an older one at every stage; who waited for the older one waits for the newer one.
+- What a tree that has not come to rest does wrong is not held against it.
 - During a pause an automatic look ends with the manifest: what is on disk is known, and waits.
 - Nothing here touches the live child.
+
+Between an event and the handover nothing is looked at but the paths that something was said about, as long as
+the watcher hears everything; the whole tree is looked at on time and where there is doubt.
 
 The main loop calls in; nothing here blocks longer than reading what changed.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import time
-import uuid
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from supervisor import bytecode, manifest
 from supervisor.blobs import BlobStore
@@ -35,129 +36,29 @@ from supervisor.errors import SourceError
 from supervisor.events import AUTOMATIC_TRIGGERS, OPERATOR_TRIGGERS, Outcome, Reason
 from supervisor.git import Repository
 from supervisor.manifest import Manifest, Snapshot, Tree
+from supervisor.reload import Reload
+from supervisor.settling import Settling
 from supervisor.watch import Hint
 
-MAX_SETTLE_SECONDS = 5.0
-"""Longest wait for a tree to come to rest."""
+REHASH_SECONDS = 300.0
+"""Within this time every byte of the tree is read again, whatever the stat tuples say."""
 
-_QUIET_ONE_FILE_SECONDS = 0.015
-_QUIET_MANY_SECONDS = 0.15
 _LOCK_LOOK_SECONDS = 0.05
 _TRY_AGAIN_SECONDS = 5.0
-_SHOWN_PATHS = 20
-
-
-@dataclass
-class Reload:
-    """One way through the pipeline, and its record.
-
-    Attributes:
-        trigger: what asked for it.
-        began_at: monotonic time of the first sign.
-        paths: relative paths that differ from what ran before.
-        previous_tree: digest of what ran before, None at the first start.
-        tree: digest of what was to run, once it is known.
-        stages: seconds spent in each stage.
-        uid: of the operator who asked for it, None if nobody did.
-        renew: a new process is wanted although the sources may be the same.
-        rollback: an operator asked for an earlier tree.
-        commit: that ``tree`` stood at when it was started, where git knows it.
-        previous_commit: the same of ``previous_tree``.
-        previous_generation: the one that served when this one was started.
-        on_finish: called with the record when there is an outcome.
-    """
-
-    trigger: str
-    began_at: float
-    paths: tuple[str, ...] = ()
-    previous_tree: str | None = None
-    tree: str | None = None
-    stages: dict[str, float] = field(default_factory=dict)
-    outcome: Outcome | None = None
-    reason: Reason | None = None
-    detail: str | None = None
-    generation: int | None = None
-    total_seconds: float = 0.0
-    uid: int | None = None
-    renew: bool = False
-    rollback: bool = False
-    commit: str | None = None
-    previous_commit: str | None = None
-    previous_generation: int | None = None
-    on_finish: list[Callable[[Reload], None]] = field(default_factory=list)
-    identity: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
-    _marked_at: float | None = None
-
-    def mark(self, stage: str, now: float) -> None:
-        """Count the time since the last mark to a stage."""
-        since = self.began_at if self._marked_at is None else self._marked_at
-        self.stages[stage] = self.stages.get(stage, 0.0) + now - since
-        self._marked_at = now
-
-    def finish(
-        self, outcome: Outcome, now: float, reason: Reason | None = None, detail: str | None = None
-    ) -> None:
-        """End the reload with its one outcome."""
-        self.outcome, self.reason, self.detail = outcome, reason, detail
-        self.total_seconds = now - self.began_at
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the record as ``status --json`` shows it."""
-        return {
-            "id": self.identity,
-            "outcome": self.outcome,
-            "reason": self.reason,
-            "detail": self.detail,
-            "trigger": self.trigger,
-            "paths": list(self.paths[:_SHOWN_PATHS]),
-            "paths_total": len(self.paths),
-            "previous_tree": self.previous_tree,
-            "tree": self.tree,
-            "generation": self.generation,
-            "stages": {stage: round(seconds, 6) for stage, seconds in self.stages.items()},
-            "total_seconds": round(self.total_seconds, 6),
-            "uid": self.uid,
-        }
-
-
-@dataclass
-class _Pending:
-    """Signs of a change that has not been looked at.
-
-    Attributes:
-        last_at: monotonic time of the newest sign.
-        dirty: absolute paths with a hint; their stat tuples are not trusted.
-        unfinished: those that somebody may still be writing.
-        whole: look at every byte of the tree and at every cache directory.
-        not_before: monotonic time before which a running git, or a machine without memory, holds us.
-        waits: it was looked at and is held by a pause.
-    """
-
-    reload: Reload
-    last_at: float
-    dirty: set[str] = field(default_factory=set)
-    unfinished: set[str] = field(default_factory=set)
-    whole: bool = False
-    not_before: float = 0.0
-    waits: bool = False
-
-    def due_at(self, quiet_seconds: float | None) -> float:
-        return max(self.not_before, self._calm_at(quiet_seconds))
-
-    def _calm_at(self, quiet_seconds: float | None) -> float:
-        if self.whole:
-            return self.reload.began_at
-        if quiet_seconds is None:
-            calm = len(self.dirty) <= 1 and not self.unfinished
-            quiet_seconds = _QUIET_ONE_FILE_SECONDS if calm else _QUIET_MANY_SECONDS
-        return min(self.last_at + quiet_seconds, self.reload.began_at + MAX_SETTLE_SECONDS)
 
 
 @dataclass
 class _Build:
+    """What is being compiled.
+
+    Attributes:
+        rejection: why it may not run; it is told when the tree has come to rest.
+    """
+
     reload: Reload
     manifest: Manifest
     job: CompileJob
+    rejection: str | None = None
 
 
 @dataclass(frozen=True)
@@ -179,6 +80,7 @@ class Pipeline:
         quiet_seconds: fixed quiet period, None for the adaptive one.
         environment: returns the children's environment, for ``PYTHONPYCACHEPREFIX``.
         finished: called with each reload that ended here: unchanged, superseded or rejected.
+        left: called with a tree that was started ahead and is not what the disk came to rest at.
         quarantined: returns why a tree may not be started without an operator, None if it may.
         clock: monotonic seconds, for what takes time while a step is taken.
     """
@@ -193,6 +95,7 @@ class Pipeline:
         quiet_seconds: float | None,
         environment: Mapping[str, str],
         finished: Callable[[Reload], None],
+        left: Callable[[str], None] = lambda _: None,
         quarantined: Callable[[str], tuple[Reason | None, str] | None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -203,10 +106,11 @@ class Pipeline:
         self.quiet_seconds = quiet_seconds
         self._environment = environment
         self._finished = finished
+        self._left = left
         self._quarantined = quarantined
         self._clock = clock
         self._snapshot: Snapshot | None = None
-        self._pending: _Pending | None = None
+        self._pending: Settling | None = None
         self._build: _Build | None = None
         self._compiled: Manifest | None = None
         self._again: set[str] = set()
@@ -215,7 +119,13 @@ class Pipeline:
         self._unreadable = False
         self.prints: dict[str, Mapping[str, str]] = {}
         """Sha256 of a source to the prints of its code objects."""
+        self._unread: list[str] = []
+        """Relative paths that are still to be read again in this round."""
         self.scanned_at: float | None = None
+        self.scan_seconds = 0.0
+        """How long the last look at the whole tree took."""
+        self.trusting = False
+        """The watcher hears everything: what nothing was said about has not changed."""
         self.problem: str | None = None
         """Why what is on disk may not run, or None."""
         self.paused = False
@@ -234,7 +144,7 @@ class Pipeline:
     @property
     def job(self) -> CompileJob | None:
         """The running compile helper, for the main loop to wait on."""
-        return self._build.job if self._build else None
+        return self._build.job if self._build and self._build.rejection is None else None
 
     # --- watch --------------------------------------------------------------------------------------------
 
@@ -244,8 +154,7 @@ class Pipeline:
             return
         pending = self._begin("watch", now)
         for hint in hints:
-            pending.dirty.add(hint.path)
-            (pending.unfinished.discard if hint.finished else pending.unfinished.add)(hint.path)
+            pending.sign(hint.path, now, finished=hint.finished)
 
     def ask(
         self,
@@ -278,34 +187,49 @@ class Pipeline:
 
         Args:
             now: monotonic time.
-            whole: read every file, whatever its stat tuple says.
+            whole: read every file, whatever its stat tuple says; otherwise so many that all have been read
+                within :data:`REHASH_SECONDS`.
             trigger: of the reload, if there is to be one.
         """
-        before = self.disk
+        before, began = self._snapshot, self._clock()
         try:
-            snapshot = manifest.scan(self._tree, None if whole else self._snapshot, self._blobs.put)
+            snapshot = manifest.scan(
+                self._tree, None if whole else before, self._blobs.put, doubtful=self._next_unread(now)
+            )
         except SourceError as error:
             if str(error) != self.problem:
                 self._begin(trigger, now)
             self._unreadable, self.problem = True, str(error)
             return
+        self.scan_seconds = self._clock() - began
         self.scanned_at = now
-        differs = before is None or snapshot.manifest.digest != before.digest
-        if differs or self._unreadable or self._touched(snapshot):
+        if before is None or self._unreadable:
             self._begin(trigger, now)
+            return
+        changed = {*before.manifest.changes(snapshot.manifest), *_touched(before, snapshot)}
+        if changed:
+            pending = self._begin(trigger, now)
+            for path in changed:
+                pending.sign(snapshot.manifest.absolute(path), now, finished=True)
         else:
             self._snapshot = snapshot
 
-    def _touched(self, newer: Snapshot) -> bool:
-        """Whether a file was touched and has its old content: somebody may ask why there was no reload."""
-        known = self._snapshot.stats if self._snapshot else {}
-        return any(known.get(path, stats) != stats for path, stats in newer.stats.items())
+    def _next_unread(self, now: float) -> Collection[str]:
+        """Return the paths whose turn it is to be read again although nothing was said about them."""
+        if self._snapshot is None or self.scanned_at is None:
+            return ()
+        total = len(self._snapshot.manifest.sources)
+        if not self._unread:
+            self._unread = sorted(self._snapshot.manifest.sources)
+        count = math.ceil(total * (now - self.scanned_at) / REHASH_SECONDS)
+        turn, self._unread = self._unread[:count], self._unread[count:]
+        return turn
 
-    def _begin(self, trigger: str, now: float) -> _Pending:
+    def _begin(self, trigger: str, now: float) -> Settling:
         if self._pending is None:
-            self._pending = _Pending(Reload(trigger, now), now)
+            self._pending = Settling(Reload(trigger, now), now)
         self._pending.last_at = now
-        self._pending.waits = False
+        self._pending.waits = self._pending.looked = False
         return self._pending
 
     # --- settle -> manifest -> bytecode -------------------------------------------------------------------
@@ -314,8 +238,8 @@ class Pipeline:
         """Return when :meth:`advance` has something to do at the earliest."""
         waiting = self._pending is not None and not self._pending.waits
         times = [self._pending.due_at(self.quiet_seconds)] if self._pending and waiting else []
-        if self._build is not None:
-            times.append(self._build.job.deadline)
+        if self.job is not None:
+            times.append(self.job.deadline)
         return min(times, default=None)
 
     def advance(
@@ -332,105 +256,209 @@ class Pipeline:
         Returns:
             Whether a look at the disk has just shown that it is what is live.
         """
-        if self._build is not None and self._build.job.deadline <= now:
-            self._again |= self._build.job.paths
-            self.compiled(self._build.job.expire(), now)
+        if self.job is not None and self.job.deadline <= now:
+            self._again |= self.job.paths
+            self.compiled(self.job.expire(), now)
+        self._tell_rejection()
         pending = self._pending
         if pending is None or pending.waits or pending.due_at(self.quiet_seconds) > now:
             return False
-        if self._repository is not None and self._repository.is_changing():
-            pending.not_before = now + _LOCK_LOOK_SECONDS
+        if self._is_held_by_git(now):
+            return False
+        under_way = self._build.reload if self._build is not None else candidate
+        if pending.calm_at(self.quiet_seconds) > now:
+            self._look_ahead(pending, now, live=live, under_way=under_way, outdated=outdated)
+            return False
+        if pending.is_held_by_writer(now):
             return False
         self._pending = None
-        pending.reload.mark("settle", now)
-        found = self._look(pending, now)
-        if found is None:
+        if pending.looked:  # It is on its way, and nothing more has happened.
+            self._tell_rejection()
             return False
-        held = self.paused and pending.reload.trigger in AUTOMATIC_TRIGGERS
-        if held and (live is None or live.digest != found.digest):
-            pending.waits, self._pending = True, pending
+        return self._look(pending, now, live=live, under_way=under_way, outdated=outdated)
+
+    def gate(self, now: float, candidate: Reload) -> bool:
+        """Whether the handover to a candidate may begin: the tree has come to rest and is what it runs.
+
+        Args:
+            now: monotonic time.
+            candidate: the reload of the generation that waits at its gate.
+        """
+        if self.busy or self._is_held_by_git(now):
             return False
-        return self._decide(pending, found, now, live=live, candidate=candidate, outdated=outdated)
+        known = self._snapshot
+        if self.trusting and known is not None and not self._unreadable:
+            try:
+                again = manifest.look_again(known, candidate.paths, self._blobs.put)
+            except SourceError:
+                again = None  # The whole look tells what is wrong.
+            if again is not None and again.manifest is known.manifest:
+                return True
+        self.scan(now)
+        return not self.busy
+
+    def _is_held_by_git(self, now: float) -> bool:
+        """Whether a running git is in the middle of changing the tree; it is to be asked again then."""
+        if self._repository is None or not self._repository.is_changing():
+            return False
+        pending = self._pending or self._begin("watch", now)
+        pending.not_before = now + _LOCK_LOOK_SECONDS
+        return True
 
     def resume(self, now: float) -> None:
         """End a pause: what has changed meanwhile becomes a reload."""
         self.paused, self._judged = False, None
         self._begin("scan", now)
 
-    def _look(self, pending: _Pending, now: float) -> Manifest | None:
-        """Stage *manifest*: find out what is on disk; None if it cannot be read."""
+    def _look_ahead(
+        self,
+        pending: Settling,
+        now: float,
+        *,
+        live: Manifest | None,
+        under_way: Reload | None,
+        outdated: bool,
+    ) -> None:
+        """Start to build what is on disk before it has come to rest; whatever else follows can wait."""
+        pending.looked_ahead = True
+        reload, began = pending.reload, self._clock()
+        found = None if self.paused else self._find(pending, now)
+        known = {self._judged, live.digest if live else None, under_way.tree if under_way else None}
+        if found is None or found.digest in known or self._quarantined(found.digest) is not None:
+            return
+        reload.mark("settle", began)
+        reload.mark("manifest", self._clock())
+        self._supersede_build(reload, found)
+        reload.renew = reload.renew or outdated
+        self._start_build(reload, found, now, live=live, sweep=False)
+        pending.looked = True
+
+    def _look(
+        self,
+        pending: Settling,
+        now: float,
+        *,
+        live: Manifest | None,
+        under_way: Reload | None,
+        outdated: bool,
+    ) -> bool:
+        """Look at a tree that has come to rest and decide what follows.
+
+        Returns:
+            Whether it is what is live.
+        """
+        reload, began = pending.reload, self._clock()
+        found = self._find(pending, now)
+        if reload is under_way and (found is None or (live is not None and found.digest == live.digest)):
+            # What was started ahead has an end of its own; what is found now is told apart from it.
+            reload = Reload(reload.trigger, reload.began_at)
+            if found is None:
+                self.give_up("the tree has changed and cannot be read")
+                self._left(str(pending.reload.tree))
+        reload.mark("settle", began)
+        if found is None:
+            self._end(reload, "rejected", "import", self.problem)
+            return False
+        reload.mark("manifest", self._clock())
+        if (
+            self.paused
+            and reload.trigger in AUTOMATIC_TRIGGERS
+            and (live is None or live.digest != found.digest)
+        ):
+            pending.waits, self._pending = True, pending
+            return False
+        return self._decide(
+            reload, found, now, live=live, under_way=under_way, outdated=outdated, whole=pending.whole
+        )
+
+    def _find(self, pending: Settling, now: float) -> Manifest | None:
+        """Stage *manifest*: find out what is on disk; None if it cannot be read, :attr:`problem` says why."""
+        dirty = {self._relative(path) for path in pending.dirty}
+        known = None if pending.whole else self._snapshot
         try:
-            self._snapshot = manifest.scan(
-                self._tree,
-                None if pending.whole else self._snapshot,
-                self._blobs.put,
-                doubtful={self._relative(path) for path in pending.dirty},
-            )
+            again = None
+            if known is not None and dirty and self.trusting and not self._unreadable:
+                again = manifest.look_again(known, dirty, self._blobs.put)
+            if again is None:
+                again = manifest.scan(self._tree, known, self._blobs.put, doubtful=dirty)
+                self.scanned_at = now
         except SourceError as error:
             self.problem, self._unreadable = str(error), True
-            self._end(pending.reload, "rejected", "import", str(error))
             return None
-        self.scanned_at = now
+        self._snapshot = again
         if self._unreadable:
             self._unreadable, self._judged, self.problem = False, None, None
-        pending.reload.tree = self._snapshot.manifest.digest
-        pending.reload.mark("manifest", self._clock())
-        return self._snapshot.manifest
+        return again.manifest
 
     def _decide(
         self,
-        pending: _Pending,
+        reload: Reload,
         found: Manifest,
         now: float,
         *,
         live: Manifest | None,
-        candidate: Reload | None,
+        under_way: Reload | None,
         outdated: bool,
+        whole: bool,
     ) -> bool:
         """Decide whether anything follows from what is on disk; return whether it is what is live."""
-        reload = pending.reload
-        reload.previous_tree = live.digest if live else None
-        reload.paths = live.changes(found) if live else ()
-        under_way = self._build.reload if self._build is not None else candidate
         if under_way is not None and under_way.tree == found.digest and not reload.renew:
-            under_way.on_finish += reload.on_finish  # Who asked for this one hears how that one ends.
-            if self._build is not None and reload.trigger in OPERATOR_TRIGGERS:
-                under_way.trigger, under_way.uid = reload.trigger, reload.uid  # No pause holds it any more.
-            reload.on_finish = []
-            self._end(reload, "unchanged")
+            self._join(reload, under_way, found, live)
             return False
-        self._supersede_build(reload)
+        self._supersede_build(reload, found)
+        if reload is under_way:
+            self._left(str(reload.tree))
         # What was to bring new settings may have failed, or have made room for this one.
         reload.renew = reload.renew or outdated
         if live is not None and found.digest == live.digest and not reload.renew:
             self._judged, self.problem = live.digest, None
-            if (
-                pending.whole
-            ):  # Somebody asked: the sources are the same, the bytecode beside them need not be.
-                self._start_build(reload, found, now, sweep=True)
+            if whole:  # Somebody asked: the sources are the same, the bytecode beside them need not be.
+                self._start_build(reload, found, now, live=live, sweep=True)
             else:
+                self._note(reload, found, live)
                 self._end(reload, "unchanged")
             return True
-        if reload.trigger in AUTOMATIC_TRIGGERS and not self._may_try(reload, found.digest):
+        if reload.trigger in AUTOMATIC_TRIGGERS and not self._may_try(reload, found, live):
             return False
-        self._start_build(reload, found, now, sweep=pending.whole)
+        self._start_build(reload, found, now, live=live, sweep=whole)
         return False
 
-    def _may_try(self, reload: Reload, tree: str) -> bool:
+    def _note(self, reload: Reload, found: Manifest, live: Manifest | None) -> None:
+        reload.tree = found.digest
+        reload.previous_tree = live.digest if live else None
+        reload.paths = live.changes(found) if live else ()
+
+    def _join(self, reload: Reload, under_way: Reload, found: Manifest, live: Manifest | None) -> None:
+        """Let who asked for what is on its way already hear how that ends."""
+        if reload is under_way:
+            return
+        under_way.on_finish += reload.on_finish
+        if self._build is not None and reload.trigger in OPERATOR_TRIGGERS:
+            under_way.trigger, under_way.uid = reload.trigger, reload.uid  # No pause holds it any more.
+        reload.on_finish = []
+        self._note(reload, found, live)
+        self._end(reload, "unchanged")
+
+    def _may_try(self, reload: Reload, found: Manifest, live: Manifest | None) -> bool:
         """Whether nothing is known against a tree that no operator asked for; else end its reload."""
-        if tree == self._judged:
+        fault = self._quarantined(found.digest)
+        if found.digest == self._judged or fault is not None:
+            self._note(reload, found, live)
+        if found.digest == self._judged:
             self._end(reload, "unchanged")
             return False
-        fault = self._quarantined(tree)
         if fault is not None:
             reason, detail = fault
-            self.problem, self._judged = f"quarantined: {detail}", tree
+            self.problem, self._judged = f"quarantined: {detail}", found.digest
             self._end(reload, "rejected", reason or "crash", self.problem)
             return False
         return True
 
-    def _start_build(self, reload: Reload, found: Manifest, now: float, *, sweep: bool) -> None:
+    def _start_build(
+        self, reload: Reload, found: Manifest, now: float, *, live: Manifest | None, sweep: bool
+    ) -> None:
         """Stage *bytecode*: purge and compile in a process of its own."""
+        self._note(reload, found, live)
         job = bytecode.start(
             tree=self._tree,
             before=self._compiled,
@@ -446,18 +474,17 @@ class Pipeline:
 
     def compiled(self, report: BytecodeReport, now: float) -> Built | None:
         """Take the compile helper's report; return what may be launched, None if it was rejected."""
-        build = self._build
+        build, self._build = self._build, None
         if build is None:
             return None
-        self._build = None
         build.reload.mark("bytecode", now)
         if report.passing:
             self._begin("scan", now).not_before = now + _TRY_AGAIN_SECONDS
         else:
             self._judged = build.manifest.digest
         if report.error is not None:
-            self.problem = report.error
-            self._end(build.reload, "rejected", "syntax", report.error)
+            build.rejection, self._build = report.error, build
+            self._tell_rejection()
             return None
         self._again = {self._relative(source) for source in report.stale.values()}
         if build.reload.tree == build.reload.previous_tree and not build.reload.renew:
@@ -466,6 +493,16 @@ class Pipeline:
         self._compiled, self.problem = build.manifest, None
         self.take_prints(build.manifest, report)
         return Built(build.reload, build.manifest)
+
+    def _tell_rejection(self) -> None:
+        """End a reload whose sources do not compile, once they can no longer be half of a change."""
+        build = self._build
+        if build is None or build.rejection is None:
+            return
+        if self._pending is not None and self._pending.reload is build.reload:
+            return
+        self._build, self.problem = None, build.rejection
+        self._end(build.reload, "rejected", "syntax", build.rejection)
 
     def take_prints(self, found: Manifest, report: BytecodeReport) -> None:
         """Keep the prints of a manifest's code."""
@@ -483,15 +520,16 @@ class Pipeline:
             found, blobs=self._blobs.blobs, scratch=self._scratch, environment=self._environment, now=now
         )
 
-    def _supersede_build(self, newer: Reload) -> None:
+    def _supersede_build(self, newer: Reload, found: Manifest) -> None:
         build = self._build
-        if build is not None:
-            build.job.cancel()
-            self._again |= build.job.paths
-            self._build = None
+        if build is None:
+            return
+        self._cancel(build)
+        self._build = None
+        if build.reload is not newer:
             newer.on_finish += build.reload.on_finish
             build.reload.on_finish = []
-            self._end(build.reload, "superseded", detail=f"by tree {(newer.tree or '')[:12]}")
+            self._end(build.reload, "superseded", detail=f"by tree {found.digest[:12]}")
 
     def _end(
         self, reload: Reload, outcome: Outcome, reason: Reason | None = None, detail: str | None = None
@@ -508,9 +546,13 @@ class Pipeline:
         """Cancel what is being built; its reload ends, and who asked for it hears it."""
         build, self._build = self._build, None
         if build is not None:
+            self._cancel(build)
+            self._end(build.reload, "superseded", detail=why)
+
+    def _cancel(self, build: _Build) -> None:
+        if build.rejection is None:
             build.job.cancel()
             self._again |= build.job.paths
-            self._end(build.reload, "superseded", detail=why)
 
     def heal(self, now: float) -> None:
         """Write every pinned source anew that is still on disk: some are missing or damaged."""
@@ -531,6 +573,11 @@ class Pipeline:
     def _relative(self, path: str) -> str:
         return os.path.relpath(path, self._tree.base).replace(os.sep, "/")
 
+    @property
+    def reload(self) -> Reload | None:
+        """The record of what is being built."""
+        return self._build.reload if self._build is not None else None
+
     def forget(self, keep: Collection[Manifest]) -> None:
         """Forget the prints of sources that none of these manifests has."""
         needed = {digest for manifest in keep for digest in manifest.sources.values()}
@@ -543,3 +590,8 @@ class Pipeline:
         pending, self._pending = self._pending, None
         if pending is not None:
             self._end(pending.reload, "superseded", detail=why)
+
+
+def _touched(before: Snapshot, now: Snapshot) -> set[str]:
+    """Return the files that were touched and have their old content: somebody may ask about them."""
+    return {path for path, stats in now.stats.items() if before.stats.get(path, stats) != stats}

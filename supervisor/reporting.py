@@ -17,7 +17,7 @@ from supervisor.fleet import Running
 from supervisor.lifecycle import State
 from supervisor.metrics import ProcessSampler, SupervisorMetrics
 from supervisor.notify import Notifier
-from supervisor.pipeline import Reload
+from supervisor.reload import Reload
 from supervisor.status import sentence, status_document
 
 log = logging.getLogger("wa-supervisor")

@@ -44,12 +44,14 @@ from supervisor.manifest import Manifest
 from supervisor.metrics import ChildMetrics, SupervisorMetrics, registry
 from supervisor.notify import Notifier, NotifySocket
 from supervisor.output import Output
-from supervisor.pipeline import MAX_SETTLE_SECONDS, Pipeline, Reload
+from supervisor.pipeline import Pipeline
 from supervisor.processes import Identity
+from supervisor.reload import Reload
 from supervisor.remembered import RecordedProcess, Remembered
 from supervisor.reporting import Reporting
 from supervisor.scribe import Scribe
 from supervisor.settings import Settings
+from supervisor.settling import MAX_SETTLE_SECONDS
 from supervisor.starting import Starter
 from supervisor.status import in_sync_problem
 from supervisor.watch import Watcher
@@ -60,6 +62,9 @@ log = logging.getLogger("wa-supervisor")
 _HOUSEKEEPING_SECONDS = 0.5
 _LOOP_HANGS_SECONDS = 5.0
 _SUSPECT_INTERVAL_SECONDS = 5.0
+_GATE_LOOK_SECONDS = 0.02
+_SCANS_SHARE = 200
+"""A scan is followed by a pause this many times as long: it takes half a percent of a core at most."""
 _OVERSLEPT_SECONDS = 1.0
 _CLOSE_SECONDS = 2.0
 _SIGNALS = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
@@ -115,6 +120,7 @@ class Service:
             quiet_seconds=settings.quiet_seconds,
             environment=inherited,
             finished=self._reload_finished,
+            left=lambda tree: self.happened(events.TreeLeft(tree)),
             quarantined=self._quarantined,
         )
         self._fleet = Fleet(
@@ -153,7 +159,8 @@ class Service:
         self._manifests: dict[str, Manifest] = {}
         self._state = self._recall()
         self._events: collections.deque[tuple[events.Event, Reload | None]] = collections.deque()
-        self._held: events.Attested | None = None
+        self._held: list[events.Attested | events.Exited] = []
+        """What candidates at their gates have shown while the tree had not come to rest."""
         self._reloads: dict[int, Reload] = {}
         self._launching: Reload | None = None
         self._lived = Reload("start", 0.0)
@@ -238,6 +245,7 @@ class Service:
             log.warning("the supervisor stood still for %.1f s; nobody's silence counts", now - due)
             self._events.appendleft((events.Slept(now - due), None))
         self._pipeline.hint(self._watcher.take(), now)
+        self._pipeline.trusting = self._watcher.mode == "events"
         self._fleet.reap(now)
         self._run_timers(now)
         self._collect_job(now)
@@ -252,7 +260,7 @@ class Service:
         deadline = self._state.deadline()
         if deadline is not None and deadline <= now:
             self.happened(events.Tick())
-        self._release_held()
+        self._release_held(now)
         self._decide()
         # Deciding took its time, and what follows counts times that must not run backwards.
         now = time.monotonic()
@@ -268,6 +276,8 @@ class Service:
         now = time.monotonic()
         times = [self._housekeeping_at, self._state.deadline(), self._pipeline.deadline()]
         times += [self._fleet.deadline(now), *(at for at, _ in self._timers)]
+        if self._held and not self._pipeline.busy:
+            times.append(now + _GATE_LOOK_SECONDS)
         times += [job.deadline for job in self._starter.jobs]
         return max(0.0, min(at for at in times if at is not None) - now)
 
@@ -307,8 +317,9 @@ class Service:
         self._housekeeping_at = now + _HOUSEKEEPING_SECONDS
         self._changed = True
         if now >= self._scan_at:
-            self._scan_at = now + self._settings.scan_interval_seconds
             self._pipeline.scan(now)
+            costly = self._pipeline.scan_seconds * _SCANS_SHARE
+            self._scan_at = now + max(self._settings.scan_interval_seconds, costly)
             self._read_environment_again()
             self._directories = self._watcher.directories_total
             if self._state.live is not None and self._state.candidate is None and self._state.retry is None:
@@ -425,29 +436,39 @@ class Service:
 
     def happened(self, event: events.Event, reload: Reload | None = None) -> None:
         """Take an event; it is decided upon in order, after what is being decided now."""
-        if isinstance(event, events.Attested):
-            self._commands.attested(event.number)
-            candidate = self._state.candidate
-            at_gate = (
-                candidate is not None
-                and candidate.number == event.number
-                and candidate.stage is Stage.LAUNCHED
-            )
-            if at_gate and event.problem is None:
-                # The gate opens only for what is on disk: look once more, wait while anything is.
-                self._pipeline.scan(time.monotonic())
-                self._held = event
+        match event:
+            case events.Attested(number):
+                self._commands.attested(number)
+                if self._is_at_gate(number):
+                    self._hold(event)
+                    return
+            case events.Exited(number, blameless=False) if self._is_at_gate(number):
+                self._hold(event)
                 return
         self._events.append((event, reload))
 
-    def _release_held(self) -> None:
-        if self._held is None:
-            return
-        if self._pipeline.busy:  # It waits for us, or for a running git: that is not its time.
-            self._events.append((events.Beat(self._held.number, self._settings.ready_timeout_seconds), None))
-            return
-        self._events.append((self._held, None))
-        self._held = None
+    def _hold(self, event: events.Attested | events.Exited) -> None:
+        self._reloads[event.number].mark("verify", time.monotonic())
+        self._held.append(event)
+
+    def _is_at_gate(self, number: int) -> bool:
+        candidate = self._state.candidate
+        return candidate is not None and candidate.number == number and candidate.stage is Stage.LAUNCHED
+
+    def _release_held(self, now: float) -> None:
+        """Let what was shown at a gate count as soon as the tree has come to rest at what runs there."""
+        held, self._held = self._held, []
+        for event in held:
+            at_gate = self._is_at_gate(event.number) and not self._state.stopping
+            if at_gate and not self._pipeline.gate(now, self._reloads[event.number]):
+                # It waits for us, or for a running git: that is not its time.
+                patience = self._settings.ready_timeout_seconds
+                self._events.append((events.Beat(event.number, patience), None))
+                self._held.append(event)
+                continue
+            if at_gate:
+                self._reloads[event.number].mark("settle", now)
+            self._events.append((event, None))
 
     def _decide(self) -> None:
         while self._events:
@@ -571,6 +592,8 @@ class Service:
             reload = Reload(report.trigger or "crash", now, generation=report.number)
             reload.tree, reload.commit, reload.paths = lived.tree, lived.commit, lived.paths
             reload.previous_tree, reload.previous_commit = lived.previous_tree, lived.previous_commit
+        if report.outcome == "superseded" and reload in {self._launching, self._pipeline.reload}:
+            return  # It goes on, under another number, with what is on disk now.
         if report.outcome == "superseded" and self._launching is not None:
             self._launching.on_finish += reload.on_finish  # Who waited for this one waits for the newer one.
             reload.on_finish = []

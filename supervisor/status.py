@@ -13,7 +13,7 @@ from typing import Any
 from supervisor.fleet import Running
 from supervisor.lifecycle import State
 from supervisor.manifest import Manifest
-from supervisor.pipeline import Reload
+from supervisor.reload import Reload
 from supervisor.verify import Verdict
 
 ANSWER_SECONDS = 5.0

@@ -18,7 +18,8 @@ import pytest
 from supervisor.blobs import BlobStore
 from supervisor.bytecode import CompileJob
 from supervisor.manifest import Manifest, Tree
-from supervisor.pipeline import Pipeline, Reload
+from supervisor.pipeline import Pipeline
+from supervisor.reload import Reload
 from supervisor.watch import Hint
 from tests.supervisor import harness
 from tests.supervisor.harness import DEADLINE_SECONDS, Supervised

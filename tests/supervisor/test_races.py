@@ -12,7 +12,7 @@ from supervisor.events import Attested, TreeReady
 from supervisor.lifecycle import Generation, Stage, State
 from supervisor.manifest import Manifest
 from supervisor.output import Output
-from supervisor.pipeline import Reload
+from supervisor.reload import Reload
 from supervisor.service import Service
 from supervisor.settings import Options, Target, resolve
 
