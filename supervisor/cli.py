@@ -100,6 +100,10 @@ def run(
     scan_interval: Annotated[
         float | None, typer.Option(help="Seconds between looks at the tree. [default: 2]")
     ] = None,
+    rehash_interval: Annotated[
+        float | None,
+        typer.Option(help="Seconds within which every file is read again. [default: 300]"),
+    ] = None,
     verify_interval: Annotated[
         float | None, typer.Option(help="Seconds between attestations. [default: 30]")
     ] = None,
@@ -138,6 +142,7 @@ def run(
         stop_timeout=stop_timeout,
         quiet=quiet,
         scan_interval=scan_interval,
+        rehash_interval=rehash_interval,
         verify_interval=verify_interval,
         probation=probation,
         max_memory=max_memory,

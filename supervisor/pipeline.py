@@ -40,9 +40,6 @@ from supervisor.reload import Reload
 from supervisor.settling import Settling
 from supervisor.watch import Hint
 
-REHASH_SECONDS = 300.0
-"""Within this time every byte of the tree is read again, whatever the stat tuples say."""
-
 _LOCK_LOOK_SECONDS = 0.05
 _TRY_AGAIN_SECONDS = 5.0
 
@@ -78,6 +75,7 @@ class Pipeline:
         scratch: directory for short-lived files.
         repository: git's view of the tree, where there is one.
         quiet_seconds: fixed quiet period, None for the adaptive one.
+        rehash_seconds: within this time every byte of the tree is read again, whatever the stat tuples say.
         environment: returns the children's environment, for ``PYTHONPYCACHEPREFIX``.
         finished: called with each reload that ended here: unchanged, superseded or rejected.
         left: called with a tree that was started ahead and is not what the disk came to rest at.
@@ -93,6 +91,7 @@ class Pipeline:
         scratch: Path,
         repository: Repository | None,
         quiet_seconds: float | None,
+        rehash_seconds: float,
         environment: Mapping[str, str],
         finished: Callable[[Reload], None],
         left: Callable[[str], None] = lambda _: None,
@@ -104,6 +103,7 @@ class Pipeline:
         self._scratch = scratch
         self._repository = repository
         self.quiet_seconds = quiet_seconds
+        self.rehash_seconds = rehash_seconds
         self._environment = environment
         self._finished = finished
         self._left = left
@@ -188,7 +188,7 @@ class Pipeline:
         Args:
             now: monotonic time.
             whole: read every file, whatever its stat tuple says; otherwise so many that all have been read
-                within :data:`REHASH_SECONDS`.
+                within ``rehash_seconds``.
             trigger: of the reload, if there is to be one.
         """
         before, began = self._snapshot, self._clock()
@@ -221,7 +221,7 @@ class Pipeline:
         total = len(self._snapshot.manifest.sources)
         if not self._unread:
             self._unread = sorted(self._snapshot.manifest.sources)
-        count = math.ceil(total * (now - self.scanned_at) / REHASH_SECONDS)
+        count = math.ceil(total * (now - self.scanned_at) / self.rehash_seconds)
         turn, self._unread = self._unread[:count], self._unread[count:]
         return turn
 
@@ -573,10 +573,13 @@ class Pipeline:
     def _relative(self, path: str) -> str:
         return os.path.relpath(path, self._tree.base).replace(os.sep, "/")
 
-    @property
-    def reload(self) -> Reload | None:
-        """The record of what is being built."""
-        return self._build.reload if self._build is not None else None
+    def has(self, reload: Reload) -> bool:
+        """Whether a reload has more to do here: to settle, or to be built."""
+        under_way = (
+            self._pending.reload if self._pending else None,
+            self._build.reload if self._build else None,
+        )
+        return any(reload is found for found in under_way)
 
     def forget(self, keep: Collection[Manifest]) -> None:
         """Forget the prints of sources that none of these manifests has."""

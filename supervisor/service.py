@@ -118,6 +118,7 @@ class Service:
             scratch=settings.runtime_dir,
             repository=self._repository,
             quiet_seconds=settings.quiet_seconds,
+            rehash_seconds=settings.rehash_interval_seconds,
             environment=inherited,
             finished=self._reload_finished,
             left=lambda tree: self.happened(events.TreeLeft(tree)),
@@ -352,6 +353,7 @@ class Service:
         """Read settings, environment and the whole tree again, and reload."""
         renew = self._configuration.read_again()
         self._pipeline.quiet_seconds = self._settings.quiet_seconds
+        self._pipeline.rehash_seconds = self._settings.rehash_interval_seconds
         if renew:
             log.info("settings or environment have changed: a new generation takes them over")
         self._notify_reloading()
@@ -592,8 +594,11 @@ class Service:
             reload = Reload(report.trigger or "crash", now, generation=report.number)
             reload.tree, reload.commit, reload.paths = lived.tree, lived.commit, lived.paths
             reload.previous_tree, reload.previous_commit = lived.previous_tree, lived.previous_commit
-        if report.outcome == "superseded" and reload in {self._launching, self._pipeline.reload}:
+        if report.outcome == "superseded" and (reload is self._launching or self._pipeline.has(reload)):
+            reload.generation = None
             return  # It goes on, under another number, with what is on disk now.
+        if reload.outcome is not None:
+            return  # What is on disk now was known already.
         if report.outcome == "superseded" and self._launching is not None:
             self._launching.on_finish += reload.on_finish  # Who waited for this one waits for the newer one.
             reload.on_finish = []

@@ -69,6 +69,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     stop_timeout: _Seconds | None = None
     quiet: _SecondsOrOff | None = None
     scan_interval: _Seconds | None = None
+    rehash_interval: _Seconds | None = None
     verify_interval: _Seconds | None = None
     probation: _SecondsOrOff | None = None
     max_memory: _Bytes | None = None
@@ -102,6 +103,7 @@ class Settings:
     stop_timeout_seconds: float
     quiet_seconds: float | None
     scan_interval_seconds: float
+    rehash_interval_seconds: float
     verify_interval_seconds: float
     probation_seconds: float
     max_memory_bytes: int | None
@@ -161,6 +163,7 @@ def resolve(target: Target, options: Options) -> Settings:
         stop_timeout_seconds=options.stop_timeout or 20.0,
         quiet_seconds=options.quiet,
         scan_interval_seconds=options.scan_interval or 2.0,
+        rehash_interval_seconds=options.rehash_interval or 300.0,
         verify_interval_seconds=options.verify_interval or 30.0,
         probation_seconds=30.0 if options.probation is None else options.probation,
         max_memory_bytes=options.max_memory,

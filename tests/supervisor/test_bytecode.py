@@ -123,6 +123,7 @@ def test_what_an_interrupted_helper_left_is_cleared_away_by_the_next_one(tmp_pat
         scratch=tmp_path / "run",
         repository=None,
         quiet_seconds=0.0,
+        rehash_seconds=300.0,
         environment=os.environ,
         finished=ended.append,
     )

@@ -37,6 +37,7 @@ from supervisor.events import (
     StopRequested,
     Terminate,
     Tick,
+    TreeLeft,
     TreeReady,
     TreeRejected,
     TreeSeen,
@@ -330,6 +331,21 @@ def test_tree_that_served_takes_precedence_over_an_older_known_good_one() -> Non
     actions = run.happens(Exited(3, "exit status 1"))
     assert reports(actions) == [("rolled_back", "crash")]
     assert launched(actions) == ["b"]
+
+
+def test_candidate_of_half_a_change_goes_and_one_that_was_told_to_go_stays() -> None:
+    run = Run(OVERLAP)
+    run.goes_live("a")
+    run.happens(TreeReady("half", "watch"))
+    assert run.happens(TreeLeft("other")) == []
+    actions = run.happens(TreeLeft("half"))
+    assert reports(actions) == [("superseded", None)]
+    assert Kill(2) in actions
+    run.happens(TreeReady("b", "watch"))
+    run.happens(Imported(3))
+    run.happens(Attested(3, None))
+    assert run.happens(TreeLeft("b")) == [], "it may be at work"
+    assert run.state.live is not None
 
 
 def test_quarantine_is_lifted_by_another_tree_and_by_the_operator() -> None:
@@ -639,6 +655,10 @@ class AnythingCanHappen(RuleBasedStateMachine):
     @rule()
     def supervisor_stands_still(self) -> None:
         self.happens(Slept(100.0), 100.0)
+
+    @rule(tree=st.sampled_from("abc"))
+    def tree_goes_on_changing(self, tree: str) -> None:
+        self.happens(TreeLeft(tree))
 
     @rule(tree=st.sampled_from("abc"))
     def tree_returns(self, tree: str) -> None:

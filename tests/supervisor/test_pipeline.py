@@ -92,6 +92,7 @@ def bench(tmp_path: Path, request: pytest.FixtureRequest) -> Bench:
         scratch=tmp_path / "run",
         repository=git.find(tree) if hasattr(request, "param") else None,
         quiet_seconds=None,
+        rehash_seconds=300.0,
         environment=os.environ,
         finished=ended.append,
         left=left.append,
