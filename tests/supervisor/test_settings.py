@@ -138,6 +138,7 @@ def test_every_option_is_a_key_of_the_file_spelt_as_the_flag(script: Target, tmp
         stop-timeout = 2.5
         quiet = 0
         scan-interval = 3
+        rehash-interval = 9
         verify-interval = 4
         probation = 0
         max-memory = 1000
