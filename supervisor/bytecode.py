@@ -4,6 +4,9 @@ The rule: the main loop never compiles and never waits. :class:`CompileJob` is a
 collects when it is readable; a job that outlives its deadline is killed and counts as a rejection of the
 tree, and so does one that hits its own limits or could not be started at all.
 
+A helper works once, because limits of processor time and memory hold for a process. The next one is started
+beforehand, so that nobody waits for an interpreter: it reads nothing of the tree until it is told what to do.
+
 The helper gets the children's environment without what would change how *it* works: a ``PYTHONPATH`` that
 leads into the tree would have it import the tree's modules in place of the standard library's.
 
@@ -12,6 +15,7 @@ Source: :mod:`supervisor.compiler` says what is purged and why.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -19,7 +23,7 @@ import signal
 import subprocess
 import sys
 import weakref
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -159,99 +163,168 @@ class CompileJob:
         return f"{place}the compile helper ended {how} before it was done"
 
 
-def start(
-    *,
-    tree: Tree,
-    before: Manifest | None,
-    after: Manifest,
-    blobs: Path,
-    scratch: Path,
-    environment: Mapping[str, str],
-    sweep: bool,
-    now: float,
-    again: Collection[str] = (),
-) -> CompileJob:
-    """Start purging and compiling what differs between two manifests.
+@dataclass(frozen=True)
+class _Helper:
+    """A helper that has not been told its work; ``output`` is where its report will come from."""
+
+    process: subprocess.Popen[bytes]
+    output: int
+
+    def tell(self, request: Path) -> _Helper:
+        """Name its request and return it; raises OSError, and it is no more, if it does not listen."""
+        try:
+            if self.process.stdin is not None:
+                with self.process.stdin:
+                    self.process.stdin.write(os.fsencode(request) + b"\n")
+        except OSError:
+            self.discard()
+            raise
+        return self
+
+    def discard(self) -> None:
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        self.process.kill()
+        self.process.wait()
+        os.close(self.output)
+
+
+class Compiler:
+    """Starts helpers.
 
     Args:
-        tree: the roots.
-        before: the manifest that was last compiled, for what has changed and what is gone since; None
-            compiles all.
-        after: the manifest to judge and compile.
-        blobs: directory of its pinned sources.
-        scratch: directory for the request.
+        blobs: directory of the pinned sources.
+        scratch: directory for the requests.
         environment: of the children, for ``PYTHONPYCACHEPREFIX``.
-        sweep: compile all, and look at every cache directory of the tree, not only at those of changed
-            sources.
-        now: monotonic time.
-        again: relative paths of sources whose bytecode was not left as it should be.
     """
-    changed = after.sources.keys() if before is None or sweep else {*before.changes(after), *again}
-    gone = ((before.sources.keys() if before else set()) | set(again)) - after.sources.keys()
-    problem = None
-    directories: list[str] = []
-    try:
-        directories = list(tree.directories()) if sweep else []
-    except SourceError as error:
-        problem = str(error)
-    request = {
-        "sources": {after.absolute(p): str(blobs / after.sources[p]) for p in changed if p in after.sources},
-        "removed": [after.absolute(p) for p in sorted(gone)],
-        "directories": directories,
-        "roots": tree.roots,
-    }
-    job = _start(request, scratch=scratch, environment=environment, now=now, problem=problem)
-    job.paths = frozenset(changed | gone)
-    return job
 
+    def __init__(self, *, blobs: Path, scratch: Path, environment: Mapping[str, str]) -> None:
+        self._blobs = blobs
+        self._scratch = scratch
+        self._optimize = _optimize(environment)
+        self._environment = _environment(environment)
+        self._spare: _Helper | None = None
 
-def judge(
-    kept: Manifest, *, blobs: Path, scratch: Path, environment: Mapping[str, str], now: float
-) -> CompileJob:
-    """Start taking the prints of a manifest that need not be the one on disk; nothing there is touched."""
-    request = {
-        "sources": {kept.absolute(p): str(blobs / digest) for p, digest in kept.sources.items()},
-        "removed": [],
-        "directories": [],
-        "roots": kept.roots,
-        "judge_only": True,
-    }
-    return _start(request, scratch=scratch, environment=environment, now=now)
+    @property
+    def pid(self) -> int | None:
+        """The process id of the helper that waits for work, if there is one."""
+        return self._spare.process.pid if self._spare is not None else None
 
+    def prepare(self) -> None:
+        """Have a helper wait for the next piece of work; a machine that cannot start one now is no error."""
+        if self._spare is not None and self._spare.process.poll() is not None:
+            self.close()
+        if self._spare is None:
+            with contextlib.suppress(OSError):
+                self._spare = self._spawn()
 
-def _start(
-    request: Mapping[str, object],
-    *,
-    scratch: Path,
-    environment: Mapping[str, str],
-    now: float,
-    problem: str | None = None,
-) -> CompileJob:
-    """Start the helper; with a problem there is nothing that it could do, and the job says why."""
-    file = scratch / f"compile-{next(_numbers)}.json"
-    limits = {"cpu_seconds": int(DEADLINE_SECONDS), "memory_bytes": MEMORY_BYTES}
-    reader, writer = os.pipe()
-    os.set_blocking(reader, False)
-    if problem is not None:
+    def start(
+        self,
+        *,
+        tree: Tree,
+        before: Manifest | None,
+        after: Manifest,
+        sweep: bool,
+        now: float,
+        again: Collection[str] = (),
+    ) -> CompileJob:
+        """Start purging and compiling what differs between two manifests.
+
+        Args:
+            tree: the roots.
+            before: the manifest that was last compiled, for what has changed and what is gone since; None
+                compiles all.
+            after: the manifest to judge and compile.
+            sweep: compile all, and look at every cache directory of the tree, not only at those of changed
+                sources.
+            now: monotonic time.
+            again: relative paths of sources whose bytecode was not left as it should be.
+        """
+        changed = after.sources.keys() if before is None or sweep else {*before.changes(after), *again}
+        gone = ((before.sources.keys() if before else set()) | set(again)) - after.sources.keys()
+        problem = None
+        directories: list[str] = []
+        try:
+            directories = list(tree.directories()) if sweep else []
+        except SourceError as error:
+            problem = str(error)
+        request = {
+            "sources": self._sources(after, [path for path in changed if path in after.sources]),
+            "removed": [after.absolute(p) for p in sorted(gone)],
+            "directories": directories,
+            "roots": tree.roots,
+            "judge_only": False,
+        }
+        job = self._start(request, now, problem)
+        job.paths = frozenset(changed | gone)
+        return job
+
+    def judge(self, kept: Manifest, now: float) -> CompileJob:
+        """Start taking the prints of a manifest that need not be the one on disk; nothing is touched."""
+        request = {
+            "sources": self._sources(kept, kept.sources),
+            "removed": [],
+            "directories": [],
+            "roots": kept.roots,
+            "judge_only": True,
+        }
+        return self._start(request, now)
+
+    def close(self) -> None:
+        """Let the helper that waits for work go."""
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            spare.discard()
+
+    def _sources(self, manifest: Manifest, paths: Iterable[str]) -> dict[str, str]:
+        return {manifest.absolute(path): str(self._blobs / manifest.sources[path]) for path in paths}
+
+    def _start(self, request: Mapping[str, object], now: float, problem: str | None = None) -> CompileJob:
+        """Give a helper its work; with a problem there is nothing that it could do, and the job says why."""
+        file = self._scratch / f"compile-{next(_numbers)}.json"
+        limits = {"cpu_seconds": int(DEADLINE_SECONDS), "memory_bytes": MEMORY_BYTES}
+        if problem is None:
+            try:
+                body = {"optimize": self._optimize, **limits, **request}
+                file.write_text(json.dumps(body), encoding="utf-8")
+                helper = self._take(file)
+                os.set_blocking(helper.output, False)
+                return CompileJob(helper.process, helper.output, file, now + DEADLINE_SECONDS)
+            except OSError as error:
+                problem = f"the compile helper could not be started: {error.strerror or error}"
+        reader, writer = os.pipe()
         os.close(writer)
+        os.set_blocking(reader, False)
         return CompileJob(problem, reader, file, now + DEADLINE_SECONDS)
-    process: subprocess.Popen[bytes] | str
-    try:
-        optimize = _optimize(environment)
-        file.write_text(
-            json.dumps({"judge_only": False, "optimize": optimize, **limits, **request}), encoding="utf-8"
-        )
-        process = subprocess.Popen(
-            [sys.executable, "-S", "-P", "-W", "ignore", str(_HELPER), str(file)],
-            stdin=subprocess.DEVNULL,
-            stdout=writer,
-            env=_environment(environment),
-        )
-    except OSError as error:
-        process = f"the compile helper could not be started: {error.strerror or error}"
-    finally:
-        os.close(writer)
-    return CompileJob(process, reader, file, now + DEADLINE_SECONDS)
+
+    def _take(self, request: Path) -> _Helper:
+        """Return a helper that was told its work.
+
+        Raises:
+            OSError: there can be none.
+        """
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            with contextlib.suppress(OSError):  # It has ended, for whatever reason; another one will do.
+                return spare.tell(request)
+        return self._spawn().tell(request)
+
+    def _spawn(self) -> _Helper:
+        reader, writer = os.pipe()
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-S", "-P", "-W", "ignore", str(_HELPER)],
+                stdin=subprocess.PIPE,
+                stdout=writer,
+                env=self._environment,
+                bufsize=0,
+            )
+        except OSError:
+            os.close(reader)
+            raise
+        finally:
+            os.close(writer)
+        return _Helper(process, reader)
 
 
 def _environment(children: Mapping[str, str]) -> dict[str, str]:

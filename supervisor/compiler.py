@@ -5,8 +5,8 @@ The prints of all code objects go into the report: what the supervisor compares 
 A process of its own because ``compile()`` holds the GIL: five megabytes of small functions take over a minute
 and most of a gigabyte. It is run as a file with the standard library only, under limits of time and memory
 that it sets on itself; what it cannot finish ends the helper and not the supervisor, which learns from the
-request file which source it was at. Request: a JSON file named on the command line. Report: one JSON object
-on stdout.
+request file which source it was at. Request: a JSON file whose name comes as a line on stdin, when there
+is work; the end of stdin before that ends the helper. Report: one JSON object on stdout.
 
 The rule: **the verdict is about the pinned bytes**, the bytecode is for others. A source is judged by
 compiling its blob. The ``.pyc`` beside the file on disk is there for every *other* process that runs this
@@ -317,4 +317,6 @@ def main(request_file: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    name = sys.stdin.buffer.readline().rstrip(b"\n")
+    if name:
+        main(os.fsdecode(name))

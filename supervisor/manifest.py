@@ -249,7 +249,8 @@ def look_again(
     changed = {}
     for relative in paths:
         path = known.absolute(relative)
-        read = None if os.path.islink(path) else _read(path)
+        plain = not os.path.islink(path) and _look(path) is not None
+        read = _read(path) if plain else None
         if read is None:
             return None
         content, taken = read

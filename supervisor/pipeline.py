@@ -29,9 +29,9 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from supervisor import bytecode, manifest
+from supervisor import manifest
 from supervisor.blobs import BlobStore
-from supervisor.bytecode import BytecodeReport, CompileJob
+from supervisor.bytecode import BytecodeReport, CompileJob, Compiler
 from supervisor.errors import SourceError
 from supervisor.events import AUTOMATIC_TRIGGERS, OPERATOR_TRIGGERS, Outcome, Reason
 from supervisor.git import Repository
@@ -100,11 +100,10 @@ class Pipeline:
     ) -> None:
         self._tree = tree
         self._blobs = blobs
-        self._scratch = scratch
+        self._compiler = Compiler(blobs=blobs.blobs, scratch=scratch, environment=environment)
         self._repository = repository
         self.quiet_seconds = quiet_seconds
         self.rehash_seconds = rehash_seconds
-        self._environment = environment
         self._finished = finished
         self._left = left
         self._quarantined = quarantined
@@ -145,6 +144,16 @@ class Pipeline:
     def job(self) -> CompileJob | None:
         """The running compile helper, for the main loop to wait on."""
         return self._build.job if self._build and self._build.rejection is None else None
+
+    @property
+    def helpers(self) -> Collection[int]:
+        """The process ids of compile helpers: of one that works and of one that waits for work."""
+        return [pid for pid in (self.job.pid if self.job else None, self._compiler.pid) if pid is not None]
+
+    def prepare(self) -> None:
+        """Use a moment in which nothing is under way for what would only delay the next reload."""
+        if not self.busy:
+            self._compiler.prepare()
 
     # --- watch --------------------------------------------------------------------------------------------
 
@@ -230,6 +239,7 @@ class Pipeline:
             self._pending = Settling(Reload(trigger, now), now)
         self._pending.last_at = now
         self._pending.waits = self._pending.looked = False
+        self._pending.take_up(trigger)
         return self._pending
 
     # --- settle -> manifest -> bytecode -------------------------------------------------------------------
@@ -347,6 +357,7 @@ class Pipeline:
         Returns:
             Whether it is what is live.
         """
+        pending.take_up(pending.reload.trigger)
         reload, began = pending.reload, self._clock()
         found = self._find(pending, now)
         if reload is under_way and (found is None or (live is not None and found.digest == live.digest)):
@@ -459,13 +470,10 @@ class Pipeline:
     ) -> None:
         """Stage *bytecode*: purge and compile in a process of its own."""
         self._note(reload, found, live)
-        job = bytecode.start(
+        job = self._compiler.start(
             tree=self._tree,
             before=self._compiled,
             after=found,
-            blobs=self._blobs.blobs,
-            scratch=self._scratch,
-            environment=self._environment,
             sweep=sweep,
             now=now,
             again=self._again,
@@ -516,9 +524,7 @@ class Pipeline:
 
     def judge(self, found: Manifest, now: float) -> CompileJob:
         """Have the prints of a manifest's code taken from its blobs; nothing on disk is looked at."""
-        return bytecode.judge(
-            found, blobs=self._blobs.blobs, scratch=self._scratch, environment=self._environment, now=now
-        )
+        return self._compiler.judge(found, now)
 
     def _supersede_build(self, newer: Reload, found: Manifest) -> None:
         build = self._build
@@ -593,6 +599,7 @@ class Pipeline:
         pending, self._pending = self._pending, None
         if pending is not None:
             self._end(pending.reload, "superseded", detail=why)
+        self._compiler.close()
 
 
 def _touched(before: Snapshot, now: Snapshot) -> set[str]:

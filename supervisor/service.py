@@ -332,6 +332,7 @@ class Service:
         if self._repository is not None:
             self._git_facts = {"commit": self._repository.commit(), "dirty": None}
         self._fleet.look()
+        self._pipeline.prepare()
         self._hold_to_limits(live, self._reporting.sample(live))
         self._notifier.alive()
 
@@ -410,8 +411,8 @@ class Service:
         self._job = job
 
     def _helpers(self) -> Collection[int]:
-        jobs = [*self._starter.jobs, *([self._pipeline.job] if self._pipeline.job else [])]
-        return [job.pid for job in jobs if job.pid is not None]
+        waiting = [job.pid for job in self._starter.jobs if job.pid is not None]
+        return [*waiting, *self._pipeline.helpers]
 
     def _see_tree(self) -> None:
         """Lift the quarantine of what is no longer on disk."""

@@ -62,6 +62,11 @@ class Settling:
         (self.unfinished.discard if finished else self.unfinished.add)(path)
         self.last_at, self.looked = now, False
 
+    def take_up(self, trigger: str) -> None:
+        """Begin a record anew if the one there is has ended: what was started ahead may have failed."""
+        if self.reload.outcome is not None:
+            self.reload = Reload(trigger, self.last_at)
+
     def calm_at(self, quiet_seconds: float | None) -> float:
         """Return when the quiet period will be over, None for the adaptive one."""
         if self.whole:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -150,6 +151,16 @@ def is_gone(process: psutil.Process) -> bool:
         return process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
+
+
+def generations(process: psutil.Process) -> list[psutil.Process]:
+    """Return the children of a supervisor that are no compile helpers."""
+    found = []
+    for child in process.children():
+        with contextlib.suppress(psutil.Error):
+            if not any(word.endswith("compiler.py") for word in child.cmdline()):
+                found.append(child)
+    return found
 
 
 def until(true: Callable[[], bool], seconds: float = DEADLINE_SECONDS) -> None:

@@ -52,7 +52,7 @@ def overtaken(stage, then):
         return then(*args, **kwargs)
     return call
 
-bytecode.start = overtaken("hashed", bytecode.start)
+bytecode.Compiler.start = overtaken("hashed", bytecode.Compiler.start)
 launch.launch = overtaken("compiled", launch.launch)
 cli.main()
 """

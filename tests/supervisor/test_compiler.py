@@ -25,7 +25,7 @@ import pytest
 
 from supervisor import bytecode, compiler, pyc
 from supervisor.blobs import BlobStore
-from supervisor.bytecode import BytecodeReport, CompileJob
+from supervisor.bytecode import BytecodeReport, CompileJob, Compiler
 from supervisor.manifest import Manifest, Tree, scan
 from tests.supervisor.helpers_edges import folder_for_everybody, run_git, run_unprivileged
 
@@ -64,15 +64,13 @@ class Workshop:
         return scan(self.tree, None, self.blobs.put).manifest
 
     def start(self, before: Manifest | None = None, *, sweep: bool = False) -> CompileJob:
-        return bytecode.start(
-            tree=self.tree,
-            before=before,
-            after=self.manifest(),
-            blobs=self.blobs.blobs,
-            scratch=self.scratch,
-            environment=os.environ | self.environment,
-            sweep=sweep,
-            now=time.monotonic(),
+        return self.compiler().start(
+            tree=self.tree, before=before, after=self.manifest(), sweep=sweep, now=time.monotonic()
+        )
+
+    def compiler(self) -> Compiler:
+        return Compiler(
+            blobs=self.blobs.blobs, scratch=self.scratch, environment=os.environ | self.environment
         )
 
     def compile(self, before: Manifest | None = None, *, sweep: bool = False) -> BytecodeReport:

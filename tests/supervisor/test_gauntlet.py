@@ -28,8 +28,9 @@ from typing import Literal
 
 import pytest
 
-from supervisor import bytecode, launch, verify
+from supervisor import launch, verify
 from supervisor.blobs import BlobStore
+from supervisor.bytecode import Compiler
 from supervisor.errors import SourceError
 from supervisor.launch import LaunchRequest
 from supervisor.manifest import Manifest, Snapshot, Tree, scan
@@ -277,13 +278,15 @@ class Stages:
 
     def compile(self, manifest: Manifest) -> str | None:
         """Stage *bytecode*; return why it was rejected."""
-        job = bytecode.start(
-            tree=self._tree,
-            before=self._compiled,
-            after=manifest,
+        compiler = Compiler(
             blobs=self._blobs.blobs,
             scratch=self._scratch,
             environment=os.environ | self._bench.environment,
+        )
+        job = compiler.start(
+            tree=self._tree,
+            before=self._compiled,
+            after=manifest,
             sweep=self._compiled is None,
             now=time.monotonic(),
         )

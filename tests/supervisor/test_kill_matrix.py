@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.supervisor.harness import SOAK, Supervised, history, is_gone, until
+from tests.supervisor.harness import SOAK, Supervised, generations, history, is_gone, until
 
 Supervise = Callable[..., Supervised]
 
@@ -280,7 +280,7 @@ def test_good_version_serves_again_and_history_says_why(
     status = started.status()
     assert status["in_sync"] == (situation != "handover" or hit in {"memory", "supervisor"}), status["reason"]
     supervisor = psutil.Process(started.process.pid)
-    until(lambda: [c.pid for c in supervisor.children() if not is_gone(c)] == [status["live"]["pid"]])
+    until(lambda: [c.pid for c in generations(supervisor) if not is_gone(c)] == [status["live"]["pid"]])
     assert not list(scene.orders.glob("no-place-*")), "there were more mains at work than the handover allows"
     if hit == "supervisor":
         starts = [r["outcome"] for r in history(started) if (r["kind"], r["trigger"]) == ("reload", "start")]

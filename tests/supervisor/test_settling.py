@@ -60,6 +60,17 @@ def test_tree_that_never_rests_is_looked_at_after_the_longest_wait() -> None:
     assert not restless.is_held_by_writer(MAX_SETTLE_SECONDS, lambda _: True)
 
 
+def test_record_that_has_ended_is_not_used_again() -> None:
+    ahead = settling()
+    ended = ahead.reload
+    ahead.take_up("scan")
+    assert ahead.reload is ended
+    ended.finish("rejected", 1.0)
+    ahead.sign("a.py", 2.0, finished=True)
+    ahead.take_up("scan")
+    assert (ahead.reload.outcome, ahead.reload.trigger, ahead.reload.began_at) == (None, "scan", 2.0)
+
+
 def test_quiet_period_of_the_operator_holds_the_handover_and_not_the_look() -> None:
     one = settling()
     one.sign("a.py", 1.0, finished=True)

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from supervisor.lifecycle import Policy
-from tests.supervisor.harness import SOAK, Supervised, until
+from tests.supervisor.harness import SOAK, Supervised, generations, until
 
 Supervise = Callable[..., Supervised]
 
@@ -47,15 +47,15 @@ class Usage:
 
 
 def usage(started: Supervised, descriptors: int | None = None) -> Usage:
-    """Measure a supervisor that has come to rest: a helper or an old child may just be ending.
+    """Measure a supervisor that has come to rest: beside its child, a compile helper waits for work.
 
     Its pipes are read to their end after that, so the descriptors are waited for as well, if it is known how
     many there were.
     """
     process = psutil.Process(started.process.pid)
-    until(lambda: len(process.children()) == 1)
+    until(lambda: (len(generations(process)), len(process.children())) == (1, 2))
     until(lambda: process.num_fds() <= (descriptors or sys.maxsize))
-    children = process.children()
+    children = generations(process)
     zombies = [child for child in children if child.status() == psutil.STATUS_ZOMBIE]
     return Usage(
         process.memory_info().rss, process.num_fds(), process.num_threads(), len(children), len(zombies)
