@@ -320,3 +320,5 @@ if __name__ == "__main__":
     name = sys.stdin.buffer.readline().rstrip(b"\n")
     if name:
         main(os.fsdecode(name))
+        sys.stdout.flush()
+        os._exit(0)  # All is written and closed; letting the interpreter go would hold up a reload.

@@ -78,8 +78,8 @@ from supervisor.events import (
     TreeUnchanged,
 )
 
-_LOOK_AGAIN_SECONDS = 0.02
-"""Between two looks at a child that is in the middle of its imports."""
+_LOOK_AGAIN_SECONDS = (0.002, 0.02)
+"""Shortest and longest time between two looks at a child that is in the middle of its imports."""
 
 LAST_WORDS_SECONDS = 1.0
 """What a child that failed gets to write down its stacks or to end by itself."""
@@ -348,7 +348,9 @@ class _Step:
             self._open_gate()
         elif candidate.stage is Stage.STARTED:
             if event.importing:  # Still in its import statements.
-                self.actions.append(Attest(candidate.number, _LOOK_AGAIN_SECONDS))
+                shortest, longest = _LOOK_AGAIN_SECONDS  # As long again as it has taken so far.
+                delay = min(max(shortest, self.now - candidate.since), longest)
+                self.actions.append(Attest(candidate.number, delay))
             else:
                 self._set_candidate(replace(candidate, attested=True))
                 self._promote_if_due()
