@@ -92,7 +92,12 @@ class BlobStore:
             OSError: it cannot be written.
         """
         path = self.manifests / f"{manifest.digest}.json"
-        body = {"base": manifest.base, "roots": manifest.roots, "sources": dict(manifest.sources)}
+        body = {
+            "base": manifest.base,
+            "roots": manifest.roots,
+            "sources": dict(manifest.sources),
+            "ignore": manifest.ignore,
+        }
         content = json.dumps(body).encode()
         if _content(str(path)) != content:
             _write(str(path), content)
@@ -107,7 +112,7 @@ class BlobStore:
         path = self.manifests / f"{digest}.json"
         try:
             body = json.loads(path.read_bytes())
-            kept = Manifest.of(Tree(tuple(body["roots"])), body["sources"])
+            kept = Manifest.of(Tree(tuple(body["roots"]), tuple(body.get("ignore", ()))), body["sources"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BlobError(f"the manifest {path} is not readable: {error}") from error
         if kept.digest != digest:

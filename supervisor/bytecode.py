@@ -253,6 +253,8 @@ class Compiler:
             "removed": [after.absolute(p) for p in sorted(gone)],
             "directories": directories,
             "roots": tree.roots,
+            "base": tree.base,
+            "ignore": tree.ignore,
             "judge_only": False,
         }
         job = self._start(request, now, problem)
@@ -266,6 +268,8 @@ class Compiler:
             "removed": [],
             "directories": [],
             "roots": kept.roots,
+            "base": kept.base,
+            "ignore": kept.ignore,
             "judge_only": True,
         }
         return self._start(request, now)

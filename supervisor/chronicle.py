@@ -107,6 +107,7 @@ class Chronicle:
             tree=reload.tree,
             previous_tree=reload.previous_tree,
             commit=reload.commit,
+            branch=reload.branch,
             previous_commit=reload.previous_commit,
             paths=reload.paths[:PATHS_LIMIT],
             paths_total=len(reload.paths),

@@ -70,6 +70,12 @@ def run(
             help="Folder of code; repeatable. Default: the target's top package, or the script's folder."
         ),
     ] = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GLOB", help="Name, or path below the watched folder, to leave out; repeatable."
+        ),
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file; every flag is a key.")] = None,
     type_: Annotated[
         ServiceType | None,
@@ -135,6 +141,7 @@ def run(
     """Run TARGET and keep it on the code that is on disk."""
     flags = Options(
         watch=tuple(watch) if watch else None,
+        ignore=tuple(ignore) if ignore else None,
         type=type_,
         handover=handover,
         ready_timeout=ready_timeout,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from supervisor.blobs import BlobStore
+from supervisor.checkout import Checkout
 from supervisor.control import Client
 from supervisor.errors import BlobError, UsageError
 from supervisor.events import (
@@ -26,7 +27,6 @@ from supervisor.events import (
     StopRequested,
 )
 from supervisor.fleet import Fleet, Running
-from supervisor.git import Repository
 from supervisor.history import History
 from supervisor.lifecycle import State
 from supervisor.pipeline import Pipeline
@@ -84,7 +84,7 @@ class Commands:
         fleet: the processes.
         pipeline: what is on disk.
         blobs: the pinned sources.
-        repository: git's view of the tree, where there is one.
+        checkout: git's view of the tree.
         history: of what has happened.
         output_log: the file of the children's last lines.
     """
@@ -96,7 +96,7 @@ class Commands:
         fleet: Fleet,
         pipeline: Pipeline,
         blobs: BlobStore,
-        repository: Repository | None,
+        checkout: Checkout,
         history: History,
         output_log: Path,
     ) -> None:
@@ -104,7 +104,7 @@ class Commands:
         self._fleet = fleet
         self._pipeline = pipeline
         self._blobs = blobs
-        self._repository = repository
+        self._checkout = checkout
         self._history = history
         self._output_log = output_log
         self._verifications: list[_Verification] = []
@@ -262,10 +262,11 @@ class Commands:
         except BlobError as error:
             _refuse(client, str(error))
             return
+        head = self._checkout.head()
         document = {
             "generation": live.number,
-            "running_commit": live.commit,
-            "disk_commit": self._repository.commit() if self._repository else None,
+            "running_commit": self._checkout.head_of(live.manifest.digest).commit,
+            "disk_commit": head.commit if head else None,
             "files": files,
         }
         client.answer({"ok": True, "diff": document})

@@ -25,6 +25,8 @@ tracks it, then it is a module that is shipped so. Bytecode of a source that is 
 left as it is. A directory left with nothing but an emptied ``__pycache__`` is removed, because it would go on
 to be importable as a namespace package.
 
+What is left out of the tree is left alone, its bytecode as well.
+
 Nothing met on the way can stop the helper: not a pipe under a good name, not a file of somebody else.
 """
 
@@ -45,7 +47,7 @@ if __name__ == "__main__":  # Run as a file and without the site's packages: our
     sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from supervisor import pyc
-from supervisor.child import codeprint
+from supervisor.child import codeprint, ignored
 
 _CACHE = "__pycache__"
 
@@ -58,6 +60,8 @@ class Helper:
         removed: absolute paths of sources that were deleted.
         directories: absolute paths of directories to sweep whole.
         roots: the tree's roots, which are never removed.
+        base: directory that the patterns' paths are relative to.
+        ignore: patterns of what is left out of the tree.
         optimize: level that the children run at.
         judge_only: take the prints and touch nothing: these are not the sources on disk.
         at: is told the path of each source before it is compiled, and the empty string after the last one.
@@ -70,6 +74,8 @@ class Helper:
         removed: list[str],
         directories: list[str],
         roots: list[str],
+        base: str = "/",
+        ignore: Iterable[str] = (),
         optimize: int = 0,
         judge_only: bool = False,
         at: Callable[[str], object] = lambda _: None,
@@ -78,6 +84,8 @@ class Helper:
         self._removed = removed
         self._directories = directories
         self._roots = frozenset(roots)
+        self._base = base
+        self._ignore = tuple(ignore)
         self._optimize = optimize
         self._judge_only = judge_only
         self._at = at
@@ -161,9 +169,12 @@ class Helper:
             ours = os.path.basename(cached) == os.path.basename(cache_from_source(source))
             if ours and pyc.read(cached) == self._written[source]:
                 return
-        elif not _is_gone(source):
+        elif not _is_gone(source) or self._is_ignored(source):
             return
         self._remove(cached, source)
+
+    def _is_ignored(self, source: str) -> bool:
+        return ignored.is_ignored(self._ignore, os.path.relpath(source, self._base))
 
     def _remove(self, cached: str, source: str) -> None:
         try:
@@ -306,7 +317,7 @@ def main(request_file: str) -> None:
     with open(request_file, "r+b", buffering=0) as file:
         request = json.loads(file.read())
         _limit(request["cpu_seconds"], request["memory_bytes"])
-        names = ("sources", "removed", "directories", "roots", "optimize", "judge_only")
+        names = ("sources", "removed", "directories", "roots", "base", "ignore", "optimize", "judge_only")
 
         def at(path: str) -> None:
             """Note where we are, for whoever finds out that we were killed."""

@@ -47,7 +47,6 @@ class Running:
         over: its program has ended; what is left is the end of the interpreter.
         mute: it closed its end of the channel and lives on: nothing can be learnt from it any more.
         verdict: of its last attestation, None before the first.
-        commit: that the tree stood at when it was started, where git knows it.
         started_at: monotonic time of its start.
         look: how it looked when it was judged to stand still.
         killed: we sent it SIGKILL ourselves.
@@ -59,7 +58,6 @@ class Running:
     child: Child
     started_wall_seconds: float
     started_at: float
-    commit: str | None = None
     nonce: str | None = None
     verdict: verify.Verdict | None = None
     asked_at: float | None = None
@@ -135,7 +133,7 @@ class Fleet:
 
     # --- actions ------------------------------------------------------------------------------------------
 
-    def launch(self, number: int, manifest: Manifest, manifest_file: Path, commit: str | None = None) -> None:
+    def launch(self, number: int, manifest: Manifest, manifest_file: Path) -> None:
         """Start a process; raises OSError if there can be none."""
         request = LaunchRequest(
             generation=number,
@@ -149,7 +147,7 @@ class Fleet:
         with self._output.attach(number) as pipes:
             child = launch.launch(request, pipes.stdout, pipes.stderr)
         self._lineages.add(number, child.pid)
-        running = Running(number, manifest, child, time.time(), time.monotonic(), commit)
+        running = Running(number, manifest, child, time.time(), time.monotonic())
         self._running[number] = running
         self._selector.register(child.channel, selectors.EVENT_READ, lambda: self._readable(running))
 

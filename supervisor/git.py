@@ -1,13 +1,15 @@
-"""Git facts: which commit the tree stands at, and whether git is in the middle of changing it.
+"""Git facts: where HEAD of a repository stands, and which files git locks while it works.
 
 The rule: read git's files, never run git: it refuses a repository of another owner, and ``git status`` may
-run filters and monitors that the repository's configuration names. Whether the tree is *dirty* is therefore
-not known here. What is read is somebody else's: only the name of a commit comes out, or None; a pipe under a
-good name is not waited for.
+run filters and monitors that the repository's configuration names (:mod:`supervisor.dirty` runs it where the
+repository is our own). What is read is somebody else's: only the name of a commit and of a branch come out,
+or None; a pipe under a good name is not waited for.
 
-A repository that keeps its references in a reftable has a commit that is not found here: None.
+A repository that keeps its references in a reftable has a commit that is not found here: None. So has one
+whose ``.git`` is a file that leads nowhere. A worktree without a ``.git`` of its own (a bare repository with
+``--work-tree``) cannot be found.
 
-Source: gitrepository-layout(5).
+Source: gitrepository-layout(5), git-check-ref-format(1).
 """
 
 from __future__ import annotations
@@ -17,18 +19,33 @@ import functools
 import os
 import re
 import stat
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-STALE_LOCK_SECONDS = 60.0
-"""A lock file older than this was left behind by a git that died."""
 
 _MAX_LINKS = 5
 _MAX_REFERENCE_BYTES = 4096
 _MAX_INDEX_BYTES = 256 * 1024**2
 _COMMIT = re.compile(r"[0-9a-f]{40}(?:[0-9a-f]{24})?")
+_BRANCH = "refs/heads/"
+_NO_BRANCH = re.compile(r"[\s~^:?*\[\\]|\.\.|@\{|(?:^|/)\.|\.lock(?:/|$)|//|[/.]$|^$")
+"""What no name of a branch has in it (and none in a reftable, whose HEAD names ``.invalid``)."""
+
+_LOCKS = ("index.lock", "HEAD.lock")
+"""Held while git writes files and index, and while it moves HEAD, which it does last."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """Where HEAD stands.
+
+    Attributes:
+        commit: its full name; None where there is none yet, or where it cannot be read.
+        branch: None if HEAD is detached, or if that cannot be read.
+    """
+
+    commit: str | None = None
+    branch: str | None = None
 
 
 @dataclass(frozen=True)
@@ -43,20 +60,36 @@ class Repository:
     directory: Path
     worktree: Path
 
-    def commit(self) -> str | None:
-        """Return the full name of the commit that HEAD stands at.
-
-        None where it has none yet or cannot be read.
-        """
+    @property
+    def shared(self) -> Path:
+        """The directory of what all worktrees have in common: references and configuration."""
         common = _read(self.directory / "commondir")
-        shared = (self.directory / common).resolve() if common else self.directory
+        return (self.directory / common).resolve() if common else self.directory
+
+    @property
+    def locks(self) -> tuple[Path, ...]:
+        """The files that are there while git works on this worktree."""
+        return tuple(self.directory / name for name in _LOCKS)
+
+    def head(self) -> Head:
+        """Return where HEAD stands."""
+        shared, name = self.shared, ""
         value = _read(self.directory / "HEAD")
         for _ in range(_MAX_LINKS):
             if value is None or not value.startswith("ref: "):
                 break
             name = value.removeprefix("ref: ")
             value = _read(self.directory / name) or _read(shared / name) or _packed(shared, name)
-        return value if value is not None and _COMMIT.fullmatch(value) else None
+        commit = value if value is not None and _COMMIT.fullmatch(value) else None
+        return Head(commit, _branch(name))
+
+    def written(self) -> tuple[int, int, int] | None:
+        """Return what is different after git has written the index; None where there is none."""
+        try:
+            facts = (self.directory / "index").stat()
+        except OSError:
+            return None
+        return facts.st_ino, facts.st_size, facts.st_mtime_ns
 
     def index(self) -> bytes | None:
         """Return the index, which names all tracked files; None where there is none yet.
@@ -74,26 +107,32 @@ class Repository:
             raise OSError(errno.EFBIG, "it is larger than any index", str(path))
         return content
 
-    def is_changing(self) -> bool:
-        """Whether a running git holds the index: its checkout is not complete."""
-        try:
-            age_seconds = time.time() - (self.directory / "index.lock").stat().st_mtime
-        except OSError:
-            return False
-        # A lock from the future is as doubtful as an old one: the clock was set back since.
-        return abs(age_seconds) < STALE_LOCK_SECONDS
-
 
 def find(start: Path) -> Repository | None:
-    """Return the repository that ``start`` lies in, by its name or by its real place, or None."""
+    """Return the repository that ``start`` lies in, by its real place or else by its name, or None."""
     real = start.resolve()
-    for folder in (start, *start.parents, real, *real.parents):
-        mark = folder / ".git"
-        if _holds_head(mark):
-            return Repository(mark, folder)
-        if (text := _read(mark)) is not None and text.startswith("gitdir: "):
-            return Repository((folder / text.removeprefix("gitdir: ")).resolve(), folder)
+    for folder in (real, *real.parents, start, *start.parents):
+        if (repository := at(folder)) is not None:
+            return repository
     return None
+
+
+def at(folder: Path) -> Repository | None:
+    """Return the repository whose worktree begins with this folder, or None."""
+    mark = folder / ".git"
+    if _holds_head(mark):
+        return Repository(mark, folder)
+    if (text := _read(mark)) is not None and text.startswith("gitdir: "):
+        return Repository((folder / text.removeprefix("gitdir: ")).resolve(), folder)
+    return None
+
+
+def _branch(reference: str) -> str | None:
+    """Return the branch that a reference names; what git would not call so is not passed on."""
+    name = reference.removeprefix(_BRANCH)
+    if name == reference or not name.isprintable() or _NO_BRANCH.search(name):
+        return None
+    return name
 
 
 def _holds_head(directory: Path) -> bool:

@@ -120,7 +120,8 @@ class Record:
         previous_generation: the one that served before.
         tree: digest of what runs, or was to run.
         previous_tree: digest of what ran before.
-        commit: where git knows it, that of ``tree``.
+        commit: where git knows it, that of ``tree``: where HEAD stood when it was last seen on disk.
+        branch: the same.
         previous_commit: that of ``previous_tree``.
         paths: relative paths that changed, the first of them.
         paths_total: how many changed.
@@ -142,6 +143,7 @@ class Record:
     tree: str | None = None
     previous_tree: str | None = None
     commit: str | None = None
+    branch: str | None = None
     previous_commit: str | None = None
     paths: tuple[str, ...] = ()
     paths_total: int = 0

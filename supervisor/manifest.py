@@ -11,8 +11,9 @@ the clock's grain when it was read could change again within the same tick, so i
 next scan reads it again (git calls such entries *racily clean*: https://git-scm.com/docs/racy-git).
 
 Paths are relative to the common parent of the roots, so that one value describes one root or several. Virtual
-environments, ``.git``, ``node_modules`` and ``__pycache__`` belong to nobody's tree. A directory that links
-lead to belongs to the tree under each of its names, because the program may import it under any of them.
+environments, ``.git``, ``node_modules`` and ``__pycache__`` belong to nobody's tree, nor does what its owner
+has left out (:mod:`supervisor.child.ignored`). A directory that links lead to belongs to the tree under each
+of its names, because the program may import it under any of them.
 
 No look at the tree can block: what is not a regular file (a pipe, a device) or is too large for a source is
 never read. It is an error, and so is a root that is not there: nothing is known about the tree then, and
@@ -34,6 +35,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from supervisor.child.ignored import is_ignored, is_left_out
 from supervisor.errors import SourceError
 
 EXCLUDED_DIRECTORIES = frozenset({"__pycache__", ".git", "node_modules"})
@@ -41,6 +43,9 @@ EXCLUDED_DIRECTORIES = frozenset({"__pycache__", ".git", "node_modules"})
 
 VENV_MARKER = "pyvenv.cfg"
 """A directory that holds this file is a virtual environment (PEP 405) and belongs to no tree."""
+
+_GIT_MARKER = ".git"
+"""A directory that holds this, a directory or a file, is a worktree of git."""
 
 _VENV_LIBRARY = "site-packages"
 """What is left out of a root that is itself a virtual environment (``python -m venv .`` in the project)."""
@@ -73,29 +78,16 @@ class Tree:
 
     Attributes:
         roots: absolute directories; nested roots count once.
+        ignore: patterns of what is left out.
     """
 
     roots: tuple[str, ...]
+    ignore: tuple[str, ...] = ()
 
     @property
     def base(self) -> str:
         """The common parent of the roots: what the manifest's paths are relative to."""
         return os.path.commonpath(self.roots)
-
-    def files(self) -> Iterator[tuple[str, str]]:
-        """Yield (relative path, absolute path) of every source, in no particular order.
-
-        Links to directories are followed, except into one that encloses the link.
-
-        Raises:
-            SourceError: a root cannot be listed.
-        """
-        base = self.base
-        for directory, names in self._descend():
-            inside = os.path.relpath(directory, base).replace(os.sep, "/")
-            prefix = "" if inside == "." else f"{inside}/"
-            for name in names:
-                yield prefix + name, os.path.join(directory, name)
 
     def directories(self) -> Iterator[str]:
         """Yield the absolute path of every directory that belongs to the tree.
@@ -103,23 +95,60 @@ class Tree:
         Raises:
             SourceError: a root cannot be listed.
         """
-        for directory, _ in self._descend():
-            yield directory
+        for folder in self.folders():
+            yield folder.path
 
-    def _descend(self) -> Iterator[tuple[str, list[str]]]:
-        """Yield (directory, names of its ``*.py`` files), each name of a directory once."""
+    def ignores(self, path: str) -> bool:
+        """Whether an absolute path below a root is left out by a pattern."""
+        return is_ignored(self.ignore, self._prefix(path).rstrip("/"))
+
+    def _prefix(self, directory: str) -> str:
+        inside = os.path.relpath(directory, self.base).replace(os.sep, "/")
+        return "" if inside == "." else f"{inside}/"
+
+    def folders(self) -> Iterator[Folder]:
+        """Yield every directory that belongs to the tree, each name of a directory once.
+
+        The order is nobody's. Links to directories are followed, except into one that encloses the link.
+
+        Raises:
+            SourceError: a root cannot be listed.
+        """
         seen: set[str] = set()
         for root in self.roots:
-            pending = [_Place(root)]
+            pending = [] if self.ignores(root) else [_Place(root)]
             while pending:
                 place = pending.pop()
                 if place.path in seen:
                     continue
                 seen.add(place.path)
                 listing = _list(place, is_root=place.path == root)
-                if listing is not None:
-                    yield place.path, listing.sources
-                    pending.extend(listing.below)
+                if listing is None:
+                    continue
+                prefix = self._prefix(place.path)
+                sources = [n for n in listing.sources if not is_left_out(self.ignore, prefix + n, n)]
+                yield Folder(place.path, prefix, sources, is_worktree=listing.is_worktree)
+                for below in listing.below:
+                    name = os.path.basename(below.path)
+                    if not is_left_out(self.ignore, prefix + name, name):
+                        pending.append(below)
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """A directory of the tree.
+
+    Attributes:
+        path: absolute.
+        prefix: what the relative paths of its files begin with: empty, or with a slash at the end.
+        sources: names of its ``*.py`` files.
+        is_worktree: a repository of git begins here.
+    """
+
+    path: str
+    prefix: str
+    sources: list[str]
+    is_worktree: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,12 +160,14 @@ class Manifest:
         roots: absolute directories of the tree.
         sources: relative path (with ``/``) to sha256 of the source bytes, in hexadecimal.
         digest: one sha256 over all of them; equal digests are equal trees.
+        ignore: patterns of what was left out of it.
     """
 
     base: str
     roots: tuple[str, ...]
     sources: Mapping[str, str]
     digest: str
+    ignore: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, tree: Tree, sources: Mapping[str, str]) -> Manifest:
@@ -144,7 +175,7 @@ class Manifest:
         summary = hashlib.sha256()
         for path in sorted(sources):
             summary.update(f"{path}\0{sources[path]}\n".encode("utf-8", "surrogateescape"))
-        return cls(tree.base, tree.roots, dict(sources), summary.hexdigest())
+        return cls(tree.base, tree.roots, dict(sources), summary.hexdigest(), tree.ignore)
 
     def absolute(self, relative: str) -> str:
         """Return the absolute path of a source."""
@@ -164,11 +195,13 @@ class Snapshot:
         manifest: the content.
         stats: relative path to stat tuple; a path is missing where the tuple could not be trusted.
         aliased: some file has two names, so a change under the one is a change under the other.
+        worktrees: absolute directories in which a repository of git begins.
     """
 
     manifest: Manifest
     stats: Mapping[str, StatTuple]
     aliased: bool = False
+    worktrees: tuple[str, ...] = ()
 
 
 def scan(
@@ -196,7 +229,8 @@ def scan(
     sources: dict[str, str] = {}
     stats: dict[str, StatTuple] = {}
     files: set[tuple[int, int]] = set()
-    for relative, path in tree.files():
+    worktrees: list[str] = []
+    for relative, path in _files(tree, worktrees):
         facts = _look(path)
         if facts is None:
             continue
@@ -216,7 +250,7 @@ def scan(
         _look(os.path.join(tree.base, relative))  # It was a source: now it is gone, or an error.
     unchanged = previous is not None and sources == previous.manifest.sources
     manifest = previous.manifest if unchanged and previous else Manifest.of(tree, sources)
-    return Snapshot(manifest, stats, aliased=len(files) < len(sources))
+    return Snapshot(manifest, stats, aliased=len(files) < len(sources), worktrees=tuple(worktrees))
 
 
 def look_again(
@@ -261,9 +295,19 @@ def look_again(
         if _is_trusted(taken, clock_ns()):
             stats[relative] = taken
     if not changed:
-        return Snapshot(known, stats)
+        return Snapshot(known, stats, worktrees=previous.worktrees)
     sources = {**known.sources, **changed}
-    return Snapshot(Manifest.of(Tree(known.roots), sources), stats)
+    newer = Manifest.of(Tree(known.roots, known.ignore), sources)
+    return Snapshot(newer, stats, worktrees=previous.worktrees)
+
+
+def _files(tree: Tree, worktrees: list[str]) -> Iterator[tuple[str, str]]:
+    """Yield (relative path, absolute path) of every source, and collect the worktrees on the way."""
+    for folder in tree.folders():
+        if folder.is_worktree:
+            worktrees.append(folder.path)
+        for name in folder.sources:
+            yield folder.prefix + name, os.path.join(folder.path, name)
 
 
 def source_roots(paths: Collection[Path]) -> tuple[str, ...]:
@@ -378,6 +422,7 @@ class _Place:
 class _Listing:
     sources: list[str]
     below: list[_Place]
+    is_worktree: bool
 
 
 def _list(place: _Place, *, is_root: bool) -> _Listing | None:
@@ -399,7 +444,7 @@ def _list(place: _Place, *, is_root: bool) -> _Listing | None:
         if not is_root:
             return None
         place = _Place(place.path, place.excluded | {_VENV_LIBRARY}, place.links_from)
-    listing = _Listing([], [])
+    listing = _Listing([], [], _GIT_MARKER in names)
     for name, entry in names.items():
         if _is_directory(entry):
             if name not in place.excluded:

@@ -160,9 +160,10 @@ class SupervisorMetrics:
             if sample.name.endswith("_total")
         }
 
-    def set_code_info(self, tree: str | None, commit: str | None) -> None:
+    def set_code_info(self, tree: str | None, commit: str | None, *, dirty: bool | None) -> None:
         """Name what runs; empty labels where it is not known."""
-        code = (tree, commit or "", "") if tree is not None else None
+        known = "" if dirty is None else str(dirty).lower()
+        code = (tree, commit or "", known) if tree is not None else None
         if code == self._code:
             return
         # The new one first: a scrape in between sees both, never none.

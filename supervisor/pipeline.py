@@ -32,9 +32,9 @@ from pathlib import Path
 from supervisor import manifest
 from supervisor.blobs import BlobStore
 from supervisor.bytecode import BytecodeReport, CompileJob, Compiler
+from supervisor.checkout import Checkout
 from supervisor.errors import SourceError
 from supervisor.events import AUTOMATIC_TRIGGERS, OPERATOR_TRIGGERS, Outcome, Reason
-from supervisor.git import Repository
 from supervisor.manifest import Manifest, Snapshot, Tree
 from supervisor.reload import Reload
 from supervisor.settling import Settling
@@ -73,7 +73,7 @@ class Pipeline:
         tree: the roots.
         blobs: where sources are kept.
         scratch: directory for short-lived files.
-        repository: git's view of the tree, where there is one.
+        repository: git's view of the tree.
         quiet_seconds: fixed quiet period, None for the adaptive one.
         rehash_seconds: within this time every byte of the tree is read again, whatever the stat tuples say.
         environment: returns the children's environment, for ``PYTHONPYCACHEPREFIX``.
@@ -89,7 +89,7 @@ class Pipeline:
         tree: Tree,
         blobs: BlobStore,
         scratch: Path,
-        repository: Repository | None,
+        repository: Checkout,
         quiet_seconds: float | None,
         rehash_seconds: float,
         environment: Mapping[str, str],
@@ -202,9 +202,7 @@ class Pipeline:
         """
         before, began = self._snapshot, self._clock()
         try:
-            snapshot = manifest.scan(
-                self._tree, None if whole else before, self._blobs.put, doubtful=self._next_unread(now)
-            )
+            snapshot = self._scan(None if whole else before, doubtful=self._next_unread(now))
         except SourceError as error:
             if str(error) != self.problem:
                 self._begin(trigger, now)
@@ -233,6 +231,19 @@ class Pipeline:
         count = math.ceil(total * (now - self.scanned_at) / self.rehash_seconds)
         turn, self._unread = self._unread[:count], self._unread[count:]
         return turn
+
+    def _scan(self, previous: Snapshot | None, doubtful: Collection[str]) -> Snapshot:
+        head = self._repository.head()  # Before the look: git moves it last.
+        snapshot = manifest.scan(self._tree, previous, self._blobs.put, doubtful=doubtful)
+        self._repository.saw(snapshot, head)
+        return snapshot
+
+    def _look_again(self, known: Snapshot, paths: Collection[str]) -> Snapshot | None:
+        head = self._repository.head()
+        snapshot = manifest.look_again(known, paths, self._blobs.put)
+        if snapshot is not None:
+            self._repository.saw(snapshot, head)
+        return snapshot
 
     def _begin(self, trigger: str, now: float) -> Settling:
         if self._pending is None:
@@ -299,7 +310,7 @@ class Pipeline:
         known = self._snapshot
         if self.trusting and known is not None and not self._unreadable:
             try:
-                again = manifest.look_again(known, candidate.paths, self._blobs.put)
+                again = self._look_again(known, candidate.paths)
             except SourceError:
                 again = None  # The whole look tells what is wrong.
             if again is not None and again.manifest is known.manifest:
@@ -309,7 +320,7 @@ class Pipeline:
 
     def _is_held_by_git(self, now: float) -> bool:
         """Whether a running git is in the middle of changing the tree; it is to be asked again then."""
-        if self._repository is None or not self._repository.is_changing():
+        if not self._repository.is_changing():
             return False
         pending = self._pending or self._begin("watch", now)
         pending.not_before = now + _LOCK_LOOK_SECONDS
@@ -389,9 +400,9 @@ class Pipeline:
         try:
             again = None
             if known is not None and dirty and self.trusting and not self._unreadable:
-                again = manifest.look_again(known, dirty, self._blobs.put)
+                again = self._look_again(known, dirty)
             if again is None:
-                again = manifest.scan(self._tree, known, self._blobs.put, doubtful=dirty)
+                again = self._scan(known, doubtful=dirty)
                 self.scanned_at = now
         except SourceError as error:
             self.problem, self._unreadable = str(error), True

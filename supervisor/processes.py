@@ -136,6 +136,48 @@ def environment(pid: int) -> dict[bytes, bytes]:
     return {name: value for name, _, value in (entry.partition(b"=") for entry in entries)}
 
 
+def arguments(pid: int) -> list[bytes]:
+    """Return the command line of a process; empty if it has none, or if its processes are hidden from us."""
+    return content(f"{pid}/cmdline").split(b"\0")[:-1]
+
+
+def owner(pid: int) -> int | None:
+    """Return the user whom a process works for, None if it is gone."""
+    try:
+        return Path(f"{_PROC}/{pid}").stat().st_uid
+    except OSError:
+        return None
+
+
+def directory(pid: int) -> Path | None:
+    """Return the working directory of a process; None if we may not know."""
+    try:
+        return Path(f"{_PROC}/{pid}/cwd").readlink()
+    except OSError:
+        return None
+
+
+def has_open(pid: int, path: Path, facts: os.stat_result) -> bool:
+    """Whether a process has a file open, as far as we may know.
+
+    Args:
+        pid: of the process.
+        path: of the file.
+        facts: of the file. Only what has its name is compared by them: a file of the process may lie on a
+            file system that does not answer.
+    """
+    for descriptor in _names(f"{_PROC}/{pid}/fd"):
+        link = f"{_PROC}/{pid}/fd/{descriptor}"
+        try:
+            if os.path.basename(os.readlink(link)) == path.name:  # noqa: PTH115, PTH119 -- thousands in a row
+                found = os.stat(link)  # noqa: PTH116 -- as above
+                if (found.st_dev, found.st_ino) == (facts.st_dev, facts.st_ino):
+                    return True
+        except OSError:
+            continue  # Closed since it was listed.
+    return False
+
+
 def mount_namespace(pid: int) -> str:
     """Return the name of the view of the file system that a process has; empty if we may not know."""
     try:

@@ -30,8 +30,9 @@ class Reload:
         uid: of the operator who asked for it, None if nobody did.
         renew: a new process is wanted although the sources may be the same.
         rollback: an operator asked for an earlier tree.
-        commit: that ``tree`` stood at when it was started, where git knows it.
-        previous_commit: the same of ``previous_tree``.
+        commit: where HEAD stood when ``tree`` was last seen on disk, where git knows it.
+        branch: the same; None if HEAD was detached.
+        previous_commit: that of ``previous_tree``.
         previous_generation: the one that served when this one was started.
         on_finish: called with the record when there is an outcome.
     """
@@ -51,6 +52,7 @@ class Reload:
     renew: bool = False
     rollback: bool = False
     commit: str | None = None
+    branch: str | None = None
     previous_commit: str | None = None
     previous_generation: int | None = None
     on_finish: list[Callable[[Reload], None]] = field(default_factory=list)

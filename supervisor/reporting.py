@@ -47,7 +47,6 @@ class Reporting:
         """One sentence about the last live child that is started again, or replaced, because of a fault."""
         self._in_sync_since: float | None = None
         self._down_since: float | None = None
-        self._code_info: tuple[str | None, str | None] | None = None
 
     def reload(self, reload: Reload) -> None:
         """Tell of a reload that has its outcome."""
@@ -127,6 +126,8 @@ class Reporting:
         now: float,
         state: State,
         live: Running | None,
+        commit: str | None,
+        dirty: bool | None,
         reason: str | None,
         listen: str,
         watch: Mapping[str, Any],
@@ -134,15 +135,18 @@ class Reporting:
         busy: bool,
         quarantine: Sequence[Mapping[str, Any]],
         converge_seconds: float,
-        disk_problems: Sequence[str],
+        problems: Sequence[str],
     ) -> dict[str, Any]:
-        """Bring metrics and the service manager's status line up to date and return the status document."""
+        """Bring metrics and the service manager's status line up to date and return the status document.
+
+        ``commit`` and ``dirty`` are of what runs, ``git`` is about the disk.
+        """
         if reason is not None:
             self._in_sync_since = None
         elif self._in_sync_since is None:
             self._in_sync_since = now
-        commit = git["commit"] if git else None
-        self._set_gauges(live, commit, watch, now)
+        self._set_gauges(live, watch, now)
+        self._metrics.set_code_info(live.manifest.digest if live else None, commit, dirty=dirty)
         shown = (
             f"generation {live.number}, tree {live.manifest.digest[:_SHORT_DIGEST]}"
             if live
@@ -154,6 +158,7 @@ class Reporting:
             pid=os.getpid(),
             state=state,
             live=live,
+            commit=commit,
             reason=reason,
             listen=listen,
             last_reload=self._last_reload,
@@ -163,7 +168,7 @@ class Reporting:
             busy=busy,
             quarantine=quarantine,
             converge_seconds=converge_seconds,
-            problems=(*disk_problems, *([self._setting_problem] if self._setting_problem else ())),
+            problems=(*problems, *([self._setting_problem] if self._setting_problem else ())),
             bytecode={
                 "writable": not self._unwritable,
                 "stale": self._stale[:_SHOWN_PATHS],
@@ -173,9 +178,7 @@ class Reporting:
             },
         )
 
-    def _set_gauges(
-        self, live: Running | None, commit: str | None, watch: Mapping[str, Any], now: float
-    ) -> None:
+    def _set_gauges(self, live: Running | None, watch: Mapping[str, Any], now: float) -> None:
         metrics, since = self._metrics, self._in_sync_since
         metrics.in_sync.set(since is not None)
         metrics.converged_seconds.set(0 if since is None else now - since)
@@ -183,10 +186,6 @@ class Reporting:
         foreign = live.verdict.foreign if live and live.verdict else ()
         wrong = sum(module.state in {"mismatch", "unpinned"} for module in modules)
         metrics.mismatches.set(wrong + len(foreign))
-        info = (live.manifest.digest if live else None, commit)
-        if info != self._code_info:  # Setting it clears it first: a scrape in between would find none.
-            self._code_info = info
-            metrics.set_code_info(*info)
         metrics.child_up.set(live is not None)
         metrics.generation.set(live.number if live else 0)
         metrics.set_watch_mode(watch["mode"])

@@ -27,13 +27,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from supervisor import events, git, lifecycle, lock, orphans
+from supervisor import events, lifecycle, lock, orphans
 from supervisor.blobs import BlobStore
 from supervisor.bytecode import CompileJob
+from supervisor.checkout import Checkout
 from supervisor.chronicle import Chronicle
 from supervisor.commands import Commands
 from supervisor.configuration import Configuration
 from supervisor.control import Client, ControlServer
+from supervisor.dirty import Dirty
 from supervisor.errors import BlobError, UsageError
 from supervisor.events import AUTOMATIC_TRIGGERS, Action, Reason
 from supervisor.fleet import Fleet, Running
@@ -103,7 +105,8 @@ class Service:
         self._selector.register(self._notify_socket, selectors.EVENT_READ, self._notified)
         self._state_lock = lock.take(settings.state_dir, "--state-dir")
         self._blobs = _open_blobs(settings.state_dir)
-        self._repository = git.find(Path(settings.tree.base))
+        self._checkout = Checkout(settings.tree)
+        self._dirty = Dirty(self._selector, inherited)
         self._watcher = Watcher(settings.tree, self._wake)
         self._notifier = Notifier(inherited)
         metrics_registry = registry()
@@ -116,7 +119,7 @@ class Service:
             tree=settings.tree,
             blobs=self._blobs,
             scratch=settings.runtime_dir,
-            repository=self._repository,
+            repository=self._checkout,
             quiet_seconds=settings.quiet_seconds,
             rehash_seconds=settings.rehash_interval_seconds,
             environment=inherited,
@@ -146,7 +149,7 @@ class Service:
             fleet=self._fleet,
             pipeline=self._pipeline,
             blobs=self._blobs,
-            repository=self._repository,
+            checkout=self._checkout,
             history=self._history,
             output_log=settings.state_dir / CHILD_LOG,
         )
@@ -247,6 +250,7 @@ class Service:
             self._events.appendleft((events.Slept(now - due), None))
         self._pipeline.hint(self._watcher.take(), now)
         self._pipeline.trusting = self._watcher.mode == "events"
+        self._dirty.turn(now)
         self._fleet.reap(now)
         self._run_timers(now)
         self._collect_job(now)
@@ -329,8 +333,7 @@ class Service:
         if live is not None and now >= self._verify_at:
             self._verify_at = now + self._settings.verify_interval_seconds
             self._fleet.attest(live.number)
-        if self._repository is not None:
-            self._git_facts = {"commit": self._repository.commit(), "dirty": None}
+        self._follow_git(now)
         self._fleet.look()
         self._pipeline.prepare()
         self._hold_to_limits(live, self._reporting.sample(live))
@@ -412,7 +415,23 @@ class Service:
 
     def _helpers(self) -> Collection[int]:
         waiting = [job.pid for job in self._starter.jobs if job.pid is not None]
-        return [*waiting, *self._pipeline.helpers]
+        return [*waiting, *self._pipeline.helpers, *self._dirty.pids]
+
+    def _follow_git(self, now: float) -> None:
+        """Bring git's facts up to date."""
+        moving = self._checkout.is_changing() or self._pipeline.busy
+        repository = self._checkout.repository()
+        if repository is None:
+            self._git_facts = None
+            return
+        head, disk = repository.head(), self._pipeline.disk
+        if not moving:
+            self._dirty.follow(repository, (head, disk.digest if disk else None, repository.written()), now)
+        self._git_facts = {
+            "commit": head.commit,
+            "branch": head.branch,
+            "dirty": None if moving else self._dirty.value,
+        }
 
     def _see_tree(self) -> None:
         """Lift the quarantine of what is no longer on disk."""
@@ -426,12 +445,17 @@ class Service:
 
     def _reload_finished(self, reload: Reload) -> None:
         """Tell everybody of a reload that has its outcome, those who asked for it last."""
+        head = self._checkout.head_of(reload.tree)
+        reload.commit, reload.branch = head.commit, head.branch
+        reload.previous_commit = self._checkout.head_of(reload.previous_tree).commit
         self._reporting.reload(reload)
         self._chronicle.reload(reload)
         self._notify_reloaded()
         if reload.outcome == "rejected" and reload.generation is None:
             self.happened(events.TreeRejected())
-        self._publish(time.monotonic())
+        now = time.monotonic()
+        self._follow_git(now)
+        self._publish(now)
         for call in reload.on_finish:
             call(reload)
 
@@ -578,23 +602,17 @@ class Service:
         before = self._live_manifest
         reload.tree, reload.generation = action.tree, action.number
         reload.previous_tree = before.digest if before else self._state.served
-        reload.previous_commit = self.live.commit if self.live else None
         reload.previous_generation = self._last_live or None
-        disk = self._pipeline.disk
-        # Whatever is launched from the blobs of an earlier tree has no commit that git could tell us.
-        on_disk = disk is not None and disk.digest == action.tree
-        reload.commit = self._repository.commit() if self._repository and on_disk else None
         self._reloads[action.number] = reload
         self._configuration.started(action.number)
-        self._starter.start(action.number, self._manifests[action.tree], reload.commit, now)
+        self._starter.start(action.number, self._manifests[action.tree], now)
 
     def _report(self, report: events.Report, now: float) -> None:
         reload = self._reloads.pop(report.number, None)
         if reload is None:  # It went live, and has failed on probation.
             lived = self._lived
             reload = Reload(report.trigger or "crash", now, generation=report.number)
-            reload.tree, reload.commit, reload.paths = lived.tree, lived.commit, lived.paths
-            reload.previous_tree, reload.previous_commit = lived.previous_tree, lived.previous_commit
+            reload.tree, reload.paths, reload.previous_tree = lived.tree, lived.paths, lived.previous_tree
         if report.outcome == "superseded" and (reload is self._launching or self._pipeline.has(reload)):
             reload.generation = None
             return  # It goes on, under another number, with what is on disk now.
@@ -716,10 +734,14 @@ class Service:
 
     def _publish(self, now: float) -> None:
         self._changed = False
+        live, disk = self.live, self._pipeline.disk
+        on_disk = live is not None and disk is not None and live.manifest.digest == disk.digest
         self._status = self._reporting.publish(
             now=now,
             state=self._state,
-            live=self.live,
+            live=live,
+            commit=self._checkout.head_of(live.manifest.digest).commit if live else None,
+            dirty=self._git_facts["dirty"] if self._git_facts and on_disk else None,
             reason=self._problem(),
             listen=self._web.address,
             watch={
@@ -735,7 +757,7 @@ class Service:
             converge_seconds=MAX_SETTLE_SECONDS
             + self._settings.ready_timeout_seconds
             + self._settings.stop_timeout_seconds,
-            disk_problems=self._scribe.problems,
+            problems=(*self._scribe.problems, *self._checkout.problems),
         )
 
     def _published(self) -> Mapping[str, Any]:
@@ -745,6 +767,7 @@ class Service:
     def _close(self) -> None:
         self._pipeline.close()
         self._starter.close()
+        self._dirty.close()
         self._watcher.close()
         self._web.close()
         self._notify_socket.close()

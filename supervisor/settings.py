@@ -9,6 +9,7 @@ the supervisor never runs code of the tree.
 from __future__ import annotations
 
 import importlib.machinery
+import operator
 import os
 import sys
 import sysconfig
@@ -37,7 +38,13 @@ _Seconds = Annotated[float, msgspec.Meta(gt=0, le=_MAX_SECONDS)]
 _SecondsOrOff = Annotated[float, msgspec.Meta(ge=0, le=_MAX_SECONDS)]
 _Bytes = Annotated[int, msgspec.Meta(gt=0)]
 _MAX_PORT = 65535
-_FIXED = {"tree": "watch", "runtime_dir": "runtime-dir", "state_dir": "state-dir", "listen": "listen"}
+_FIXED = {
+    "tree.roots": "watch",
+    "tree.ignore": "ignore",
+    "runtime_dir": "runtime-dir",
+    "state_dir": "state-dir",
+    "listen": "listen",
+}
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """The options of ``run``, from flags or from TOML; None means not given. Durations in seconds."""
 
     watch: tuple[str, ...] | None = None
+    ignore: tuple[str, ...] | None = None
     type: ServiceType | None = None
     handover: Handover | None = None
     ready_timeout: _Seconds | None = None
@@ -150,9 +158,11 @@ def resolve(target: Target, options: Options) -> Settings:
     for root in roots:
         if not root.is_dir():
             raise UsageError(f"--watch {root} is not a directory; name the folder that holds the code")
-    tree = Tree(source_roots(roots))
+    tree = Tree(source_roots(roots), _patterns(options.ignore or ()))
     if target.kind == "script" and not _is_within(Path(target.name), tree):
         raise UsageError(f"TARGET {target} lies in no watched folder; add --watch {origin}")
+    if target.kind == "script" and tree.ignores(os.path.normpath(Path(target.name).absolute())):
+        raise UsageError(f"TARGET {target} is left out by --ignore; take out the pattern that it matches")
     return Settings(
         target=target,
         tree=tree,
@@ -182,7 +192,8 @@ def changeable(old: Settings, new: Settings) -> Settings:
         UsageError: one has changed that a running supervisor cannot take over.
     """
     for name, option in _FIXED.items():
-        if getattr(old, name) != getattr(new, name):
+        value = operator.attrgetter(name)
+        if value(old) != value(new):
             raise UsageError(f"a change of {option} needs a new start of the supervisor; nothing was changed")
     return new
 
@@ -244,6 +255,15 @@ def _check(options: Options) -> None:
     except msgspec.ValidationError as error:
         what, _, where = str(error).partition(" - at `$.")
         raise UsageError(f"--{where.rstrip('`')}: {what[:1].lower()}{what[1:]}") from error
+
+
+def _patterns(given: tuple[str, ...]) -> tuple[str, ...]:
+    """Return patterns as they are compared: without a slash at the end, or a dot at the beginning."""
+    patterns = tuple(pattern.removeprefix("./").rstrip("/") for pattern in given)
+    for pattern, text in zip(patterns, given, strict=True):
+        if not pattern or pattern.startswith(("/", "../")):
+            raise UsageError(f"--ignore {text!r} is no name and no path below the watched folder")
+    return patterns
 
 
 def _address(text: str) -> tuple[str, int]:

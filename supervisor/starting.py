@@ -35,7 +35,6 @@ class _Waiting:
     """A generation that waits for the prints of its code."""
 
     manifest: Manifest
-    commit: str | None
     job: CompileJob
 
 
@@ -71,20 +70,19 @@ class Starter:
         """The helpers that run now."""
         return [waiting.job for waiting in self._waiting.values()]
 
-    def start(self, number: int, manifest: Manifest, commit: str | None, now: float) -> None:
+    def start(self, number: int, manifest: Manifest, now: float) -> None:
         """Start a process of a manifest, as soon as its code can be judged.
 
         Args:
             number: of the generation.
             manifest: what it runs.
-            commit: that its tree stands at, where git knows it.
             now: monotonic time.
         """
         if self._pipeline.knows_prints_of(manifest):
-            self._launch(number, manifest, commit)
+            self._launch(number, manifest)
         else:
             job = self._pipeline.judge(manifest, now)
-            self._waiting[number] = _Waiting(manifest, commit, job)
+            self._waiting[number] = _Waiting(manifest, job)
             self._selector.register(job, selectors.EVENT_READ, lambda: None)
 
     def collect(self, now: float, patience_seconds: float) -> None:
@@ -106,7 +104,7 @@ class Starter:
             self._forget(number)
             if report is not None and report.error is None:
                 self._pipeline.take_prints(waiting.manifest, report)
-                self._launch(number, waiting.manifest, waiting.commit)
+                self._launch(number, waiting.manifest)
             else:
                 why = report.error if report is not None else "compiling it took too long"
                 self._happened(events.Exited(number, "no process", why))
@@ -126,12 +124,12 @@ class Starter:
     def _forget(self, number: int) -> None:
         self._selector.unregister(self._waiting.pop(number).job)
 
-    def _launch(self, number: int, manifest: Manifest, commit: str | None) -> None:
+    def _launch(self, number: int, manifest: Manifest) -> None:
         if not self._blobs.holds(manifest):
             log.warning("pinned sources were taken away; what is on disk is kept anew")
             self._pipeline.heal(time.monotonic())
         try:
-            self._fleet.launch(number, manifest, self._blobs.put_manifest(manifest), commit)
+            self._fleet.launch(number, manifest, self._blobs.put_manifest(manifest))
         except OSError as error:
             # To the lifecycle it is a child that ended, with its backoff.
             passing = error.errno in _PASSING_ERRORS

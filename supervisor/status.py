@@ -70,6 +70,7 @@ def status_document(
     pid: int,
     state: State,
     live: Running | None,
+    commit: str | None,
     reason: str | None,
     listen: str,
     last_reload: Reload | None,
@@ -95,6 +96,7 @@ def status_document(
             "generation": live.number,
             "pid": live.child.pid,
             "tree": live.manifest.digest,
+            "commit": commit,
             "since": dt.datetime.fromtimestamp(live.started_wall_seconds, dt.UTC).isoformat(
                 "T", "milliseconds"
             ),

@@ -110,6 +110,11 @@ def _printable(text: str) -> str:
     return escape("".join(shown))
 
 
+def _commit(git: dict[str, Any]) -> str:
+    branch = f" ({git['branch']})" if git["branch"] else ""
+    return f"{git['commit'] or 'not known'}{escape(branch)}{', [yellow]dirty[/]' if git['dirty'] else ''}"
+
+
 def _origin(what: str, commit: str | None) -> str:
     return f"{what}, commit {commit[:_SHORT_DIGEST]}" if commit else what
 
@@ -146,7 +151,7 @@ def _status_rows(document: dict[str, Any]) -> list[tuple[str, str]]:
     rows += [("problem", f"[red]{escape(problem)}[/]") for problem in document["problems"]]
     rows.append(("watch", f"{watch['mode']}, last scan {watch['last_scan_age_seconds']:.1f} s ago"))
     if document["git"]:
-        rows.append(("commit", document["git"]["commit"] or "none yet"))
+        rows.append(("commit", _commit(document["git"])))
     if not document["bytecode"]["writable"]:
         total, shown = document["bytecode"]["stale_total"], document["bytecode"]["stale"][:_SHOWN_PATHS]
         stale = f"{total} stale file(s) that other processes may run: {', '.join(shown)}"

@@ -203,7 +203,10 @@ class Watcher:
         """Watch a place; return why that is not possible, or None."""
         try:
             self._watches[place] = observer.schedule(
-                _Handler(self._note, place), place.real, recursive=True, event_filter=_KINDS
+                _Handler(self._note, place, self._tree.ignores),
+                place.real,
+                recursive=True,
+                event_filter=_KINDS,
             )
         except OSError as error:
             return (
@@ -224,8 +227,9 @@ class Watcher:
 
 
 class _Handler(FileSystemEventHandler):
-    def __init__(self, note: Callable[[Hint], None], place: _Place) -> None:
+    def __init__(self, note: Callable[[Hint], None], place: _Place, ignores: Callable[[str], bool]) -> None:
         self._note = note
+        self._ignores = ignores
         self._place = place
 
     def on_any_event(self, event: FileSystemEvent) -> None:
@@ -234,7 +238,7 @@ class _Handler(FileSystemEventHandler):
             if _is_below(path, self._place.real):
                 inside = path[len(self._place.real) :]
                 name = self._place.name + inside
-                if _concerns_sources(inside, name, directory=event.is_directory):
+                if _concerns_sources(inside, name, directory=event.is_directory) and not self._ignores(name):
                     self._note(Hint(name, isinstance(event, _FINISHED)))
 
 

@@ -130,7 +130,9 @@ def _tree_path(pins: Pins, module: Any) -> str | None:  # noqa: ANN401 -- sys.mo
     if not isinstance(path, str) or not path.endswith((".py", ".pyc")):
         return None
     relative = pins.relative(os.path.abspath(path))
-    return relative if relative and not _excluded(os.path.dirname(os.path.abspath(path)), relative) else None
+    if not relative or pins.ignores(relative):
+        return None
+    return None if _excluded(os.path.dirname(os.path.abspath(path)), relative) else relative
 
 
 def _excluded(directory: str, relative: str) -> bool:

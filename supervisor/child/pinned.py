@@ -8,7 +8,8 @@ stale ``.pyc``, because no ``.pyc`` of the tree is ever read.
 How: a path hook (PEP 302) in front of the ordinary one claims the directories that belong to the tree, and
 only those, so ``sys.path`` order, relative entries, packages and namespace packages work as they always do,
 and modules outside the tree never come near this code. Extension modules inside the tree are left to the
-ordinary finder.
+ordinary finder, and so is what the tree's owner has left out of it (``--ignore``): it is imported from the
+disk as it stands there, through its bytecode as well, and nothing is proven of it.
 
 Rejected: a ``sys.meta_path`` finder (must rebuild the order of ``sys.path``); ``SourceFileLoader.get_data``
 with the pinned bytes and the standard bytecode cache (an unchecked-hash ``.pyc`` is trusted without looking
@@ -28,6 +29,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from importlib.machinery import (
     EXTENSION_SUFFIXES,
+    SOURCE_SUFFIXES,
     ExtensionFileLoader,
     FileFinder,
     ModuleSpec,
@@ -36,6 +38,8 @@ from importlib.machinery import (
 from importlib.util import decode_source, spec_from_file_location
 from types import CodeType, ModuleType
 from typing import IO, Any
+
+from .ignored import is_ignored
 
 
 class PinnedSourceError(ImportError):
@@ -50,15 +54,24 @@ class Pins:
         roots: absolute directories of the tree.
         sources: relative path to sha256 of each source.
         blobs: absolute directory of the blobs.
+        ignore: patterns of what is left out of the tree.
     """
 
-    def __init__(self, base: str, roots: list[str], sources: Mapping[str, str], blobs: str) -> None:
+    def __init__(
+        self,
+        base: str,
+        roots: list[str],
+        sources: Mapping[str, str],
+        blobs: str,
+        ignore: tuple[str, ...] = (),
+    ) -> None:
         self.executed: dict[str, str] = {}
         """Relative path to sha256 of every source that was compiled for execution in this process."""
         self.modules: dict[str, str] = {}
         """Module name to the relative path it was executed from."""
         self._sources = sources
         self._blobs = blobs
+        self._ignore = ignore
         # A tree may be reached by the name that was given or by the real one behind links.
         self._bases = tuple(dict.fromkeys((base, os.path.realpath(base))))
         self._roots = tuple(dict.fromkeys([*roots, *(os.path.realpath(root) for root in roots)]))
@@ -76,7 +89,7 @@ class Pins:
         """
         with open(manifest, "rb") as file:
             body = json.load(file)
-        return cls(body["base"], body["roots"], body["sources"], blobs)
+        return cls(body["base"], body["roots"], body["sources"], blobs, tuple(body.get("ignore", ())))
 
     def relative(self, path: str) -> str | None:
         """Return the manifest's name of an absolute path, or None outside the tree."""
@@ -111,6 +124,10 @@ class Pins:
     def has_source(self, relative: str) -> bool:
         """Whether the manifest has a source of this relative path."""
         return relative in self._sources
+
+    def ignores(self, relative: str) -> bool:
+        """Whether a path was left out of the tree."""
+        return is_ignored(self._ignore, relative)
 
     def has_directory(self, relative: str) -> bool:
         """Whether the manifest has any source below this relative directory."""
@@ -192,6 +209,9 @@ class PinnedFinder:
         self._directory = directory
         self._relative = relative
         self._extensions = FileFinder(directory, (ExtensionFileLoader, EXTENSION_SUFFIXES))
+        self._ordinary = FileFinder(
+            directory, (ExtensionFileLoader, EXTENSION_SUFFIXES), (SourceFileLoader, SOURCE_SUFFIXES)
+        )
 
     def find_spec(self, fullname: str, target: ModuleType | None = None) -> ModuleSpec | None:
         """Return the spec of a module of this directory, a namespace portion, or None."""
@@ -207,6 +227,10 @@ class PinnedFinder:
             return extension
         if self._pins.has_source(f"{base}.py"):
             return pinned_spec(self._pins, fullname, f"{package}.py", f"{base}.py", None)
+        if any(self._pins.ignores(path) for path in (base, f"{base}.py", f"{base}/__init__.py")):
+            ordinary = self._ordinary.find_spec(fullname, target)
+            if ordinary is not None:
+                return ordinary
         if self._pins.has_directory(base):
             namespace = ModuleSpec(fullname, None)
             namespace.submodule_search_locations = [package]
@@ -214,8 +238,9 @@ class PinnedFinder:
         return None
 
     def invalidate_caches(self) -> None:
-        """Forget what the ordinary finder for extension modules remembers of the directory."""
+        """Forget what the ordinary finders remember of the directory."""
         self._extensions.invalidate_caches()
+        self._ordinary.invalidate_caches()
 
     def iter_modules(self, prefix: str = "") -> list[tuple[str, bool]]:
         """Return what :mod:`pkgutil` lists: (name, whether it is a package), sorted."""

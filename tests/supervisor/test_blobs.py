@@ -83,7 +83,12 @@ def test_manifest_is_kept_for_children_and_repaired(store: BlobStore) -> None:
     path = store.put_manifest(manifest)
     path.write_bytes(b'{"base"')
     assert store.put_manifest(manifest) == path
-    assert json.loads(path.read_bytes()) == {"base": "/tree", "roots": ["/tree"], "sources": {"a.py": "1"}}
+    assert json.loads(path.read_bytes()) == {
+        "base": "/tree",
+        "roots": ["/tree"],
+        "sources": {"a.py": "1"},
+        "ignore": [],
+    }
 
 
 def test_name_that_is_no_utf8_survives_in_a_manifest(store: BlobStore) -> None:

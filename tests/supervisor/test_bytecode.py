@@ -17,6 +17,7 @@ import pytest
 
 from supervisor.blobs import BlobStore
 from supervisor.bytecode import CompileJob
+from supervisor.checkout import Checkout
 from supervisor.manifest import Manifest, Tree
 from supervisor.pipeline import Pipeline
 from supervisor.reload import Reload
@@ -121,7 +122,7 @@ def test_what_an_interrupted_helper_left_is_cleared_away_by_the_next_one(tmp_pat
         tree=Tree((str(tree),)),
         blobs=BlobStore(tmp_path / "state"),
         scratch=tmp_path / "run",
-        repository=None,
+        repository=Checkout(Tree((str(tree),))),
         quiet_seconds=0.0,
         rehash_seconds=300.0,
         environment=os.environ,

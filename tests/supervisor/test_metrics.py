@@ -452,7 +452,7 @@ def test_exactly_one_mode_of_watching_and_one_code_are_shown() -> None:
         }
         assert modes == {mode}
     for tree in ("1", "1", "2", None):
-        metrics.set_code_info(tree, None)
+        metrics.set_code_info(tree, None, dirty=None)
         codes = [labels[0] for (name, labels), _ in own(created).items() if name.endswith("code_info")]
         assert codes == ([] if tree is None else [tree])
 
