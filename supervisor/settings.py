@@ -161,7 +161,7 @@ def resolve(target: Target, options: Options) -> Settings:
     tree = Tree(source_roots(roots), _patterns(options.ignore or ()))
     if target.kind == "script" and not _is_within(Path(target.name), tree):
         raise UsageError(f"TARGET {target} lies in no watched folder; add --watch {origin}")
-    if target.kind == "script" and tree.ignores(os.path.normpath(Path(target.name).absolute())):
+    if any(_is_within(path, tree) and tree.ignores(str(path)) for path in _sources(target, origin)):
         raise UsageError(f"TARGET {target} is left out by --ignore; take out the pattern that it matches")
     return Settings(
         target=target,
@@ -255,6 +255,15 @@ def _check(options: Options) -> None:
     except msgspec.ValidationError as error:
         what, _, where = str(error).partition(" - at `$.")
         raise UsageError(f"--{where.rstrip('`')}: {what[:1].lower()}{what[1:]}") from error
+
+
+def _sources(target: Target, origin: Path) -> tuple[Path, ...]:
+    """Return the files that the target is, as far as the folder that it is in tells."""
+    if target.kind == "script":
+        return (Path(os.path.normpath(Path(target.name).absolute())),)
+    place = origin.absolute().joinpath(*target.name.partition(":")[0].split(".")[1:])
+    files = (place.with_name(f"{place.name}.py"), place / "__init__.py", place / "__main__.py")
+    return tuple(file for file in files if file.is_file())
 
 
 def _patterns(given: tuple[str, ...]) -> tuple[str, ...]:

@@ -103,7 +103,7 @@ def test_old_lock_without_a_holder_holds_nobody_and_is_reported(clone: Path, clo
     lock.touch()
     age(lock, STALE_LOCK_SECONDS - 5)
     assert checkout.is_changing()
-    assert checkout.problems == ()
+    assert not checkout.problems
     age(lock, STALE_LOCK_SECONDS + 1)
     clock.now += 1
     assert not checkout.is_changing()

@@ -11,6 +11,7 @@ from supervisor.errors import UsageError
 from supervisor.settings import (
     Options,
     Target,
+    changeable,
     load_options,
     merge,
     parse_target,
@@ -31,6 +32,47 @@ def toml(folder: Path, text: str) -> Path:
     path = folder / "wa.toml"
     path.write_text(text, encoding="utf-8")
     return path
+
+
+# --- what is left out -------------------------------------------------------------------------------------
+
+
+def test_patterns_are_taken_as_they_are_compared(script: Target) -> None:
+    patterns = ("build/", "./sub/part", "gen_*.py")
+    assert resolve(script, Options(ignore=patterns)).tree.ignore == ("build", "sub/part", "gen_*.py")
+
+
+@pytest.mark.parametrize("pattern", ["", "/", "./", "/srv/code/build", "../build"])
+def test_pattern_that_can_match_nothing_is_refused(script: Target, pattern: str) -> None:
+    with pytest.raises(UsageError, match=r"--ignore .* is no name and no path below the watched folder"):
+        resolve(script, Options(ignore=(pattern,)))
+
+
+@pytest.mark.parametrize("pattern", ["main.py", "*.py", "m*"])
+def test_target_that_is_left_out_is_refused(script: Target, pattern: str) -> None:
+    with pytest.raises(UsageError, match=r"TARGET main\.py is left out by --ignore"):
+        resolve(script, Options(ignore=(pattern,)))
+
+
+@pytest.mark.parametrize("pattern", ["app.py", "part", "part/app.py", "*.py"])
+@pytest.mark.parametrize("name", ["pack.part.app:main", "pack.part.app"])
+def test_module_that_is_left_out_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pack" / "part").mkdir(parents=True)
+    for file in ("__init__.py", "part/__init__.py", "part/app.py"):
+        (tmp_path / "pack" / file).touch()
+    target = Target("callable" if ":" in name else "module", name)
+    assert resolve(target, Options(ignore=("apps", "app", "pack/*"))).tree.ignore
+    with pytest.raises(UsageError, match="is left out by --ignore"):
+        resolve(target, Options(ignore=(pattern,)))
+
+
+def test_change_of_patterns_needs_a_new_start(script: Target) -> None:
+    old = resolve(script, Options())
+    with pytest.raises(UsageError, match="a change of ignore needs a new start"):
+        changeable(old, resolve(script, Options(ignore=("build",))))
 
 
 # --- TARGET -----------------------------------------------------------------------------------------------
@@ -131,6 +173,7 @@ def test_every_option_is_a_key_of_the_file_spelt_as_the_flag(script: Target, tmp
         tmp_path,
         """
         watch = ["."]
+        ignore = ["build"]
         type = "notify"
         handover = "overlap"
         ready-timeout = 1
