@@ -200,6 +200,26 @@ def test_pull_of_many_files_is_one_reload_with_its_commit(
     measured(f"pull of {files} files: {records[-1]['total_seconds'] * 1000:.0f} ms to live")
 
 
+def test_commit_of_what_runs_follows_head_that_is_moved_after_the_files(
+    supervise: Supervise, tree: Path
+) -> None:
+    run_git(tree, "init", "--quiet", "--initial-branch=main")
+    first = commit_all(tree)
+    started = supervise("--scan-interval=0.1", "main.py", cwd=tree)
+    started.expect("^serving 1$")
+    started.expect(LIVE)
+    assert started.status()["live"]["commit"] == first
+    (tree / "modules" / "answer.py").write_text("VALUE = 2\n", encoding="utf-8")
+    started.expect(LIVE)
+    assert started.status()["live"]["commit"] == first
+    second = commit_all(tree)
+    until(lambda: started.status()["live"]["commit"] == started.status()["git"]["commit"] == second)
+    (tree / "modules" / "answer.py").write_text("VALUE = 3\n", encoding="utf-8")
+    started.expect(LIVE)
+    record = history(started)[0]
+    assert (record["previous_commit"], record["commit"], record["branch"]) == (second, second, "main")
+
+
 HOLDER = """\
 import os, sys
 descriptor = os.open(sys.argv[1], os.O_CREAT | os.O_EXCL | os.O_WRONLY)
