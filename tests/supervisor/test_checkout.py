@@ -103,7 +103,7 @@ def test_old_lock_without_a_holder_holds_nobody_and_is_reported(clone: Path, clo
     lock.touch()
     age(lock, STALE_LOCK_SECONDS - 5)
     assert checkout.is_changing()
-    assert not checkout.problems
+    assert len(checkout.problems) == 0
     age(lock, STALE_LOCK_SECONDS + 1)
     clock.now += 1
     assert not checkout.is_changing()
@@ -232,7 +232,7 @@ def test_every_repository_that_concerns_the_roots_is_looked_at(clone: Path, tmp_
 
 def snapshot(tree: Tree, content: str = "x") -> Snapshot:
     worktrees = tuple(folder.path for folder in tree.folders() if folder.is_worktree)
-    return Snapshot(Manifest.of(tree, {"a.py": content}), {}, worktrees)
+    return Snapshot(Manifest.of(tree, {"a.py": content}), {}, worktrees=worktrees)
 
 
 def test_commit_of_a_tree_is_where_head_stood_before_it_was_last_seen(clone: Path) -> None:

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from supervisor import git, manifest
+from supervisor import manifest
 from supervisor.blobs import BlobStore
 from supervisor.bytecode import DEADLINE_SECONDS
+from supervisor.checkout import Checkout
 from supervisor.manifest import Manifest, Tree
 from supervisor.pipeline import Built, Pipeline
 from supervisor.reload import Reload
@@ -86,11 +87,12 @@ def bench(tmp_path: Path, request: pytest.FixtureRequest) -> Bench:
     (tmp_path / "run").mkdir()
     ended: list[Reload] = []
     left: list[str] = []
+    checkout = Checkout(Tree((str(tree),)))
     pipeline = Pipeline(
         tree=Tree((str(tree),)),
         blobs=BlobStore(tmp_path / "state"),
         scratch=tmp_path / "run",
-        repository=git.find(tree) if hasattr(request, "param") else None,
+        repository=checkout,
         quiet_seconds=None,
         rehash_seconds=300.0,
         environment=os.environ,
@@ -98,6 +100,7 @@ def bench(tmp_path: Path, request: pytest.FixtureRequest) -> Bench:
         left=left.append,
     )
     bench = Bench(tree, pipeline, ended, left)
+    checkout._clock = lambda: bench.now
     pipeline.trusting = True
     pipeline.ask("start", bench.now)
     bench.advance()
