@@ -23,6 +23,10 @@ from tests.supervisor.helpers_edges import folder_for_everybody, run_git, run_un
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 
 
+STRANGER = 54_321
+"""A user of whom no process runs."""
+
+
 class Clock:
     """Monotonic seconds that pass when the test says so."""
 
@@ -110,7 +114,7 @@ def test_old_lock_without_a_holder_holds_nobody_and_is_reported(clone: Path, clo
     assert [str(lock) in problem and "remove it" in problem for problem in checkout.problems] == [True]
     lock.unlink()
     assert not checkout.is_changing()
-    assert checkout.problems == ()
+    assert len(checkout.problems) == 0
 
 
 def test_lock_from_the_future_holds_no_longer_than_a_fresh_one(clone: Path, clock: Clock) -> None:
@@ -195,11 +199,20 @@ def test_lock_of_another_user_is_held_by_a_git_of_that_user(clone: Path) -> None
         shutil.copytree(clone, public)
         lock = public / ".git" / "index.lock"
         lock.touch()
+        os.chown(lock, STRANGER, STRANGER)
         age(lock, 86_400)
         code = "print(Checkout(Tree((sys.argv[1],))).is_changing())"
         imports = "import sys\nfrom supervisor.checkout import Checkout\nfrom supervisor.manifest import Tree"
         assert run_unprivileged(imports, code, str(public)) == "False"
-        with committing(clone):  # Root's, as the lock is; where it works cannot be seen.
+        # Where this one works cannot be seen.
+        with subprocess.Popen(
+            ["git", "hash-object", "--stdin"],  # noqa: S607 -- git is where the system has it
+            cwd="/",
+            user=STRANGER,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+        ) as stranger:
+            until(lambda: Path(f"/proc/{stranger.pid}/comm").read_text(encoding="ascii") == "git\n")
             assert run_unprivileged(imports, code, str(public)) == "True"
 
 
