@@ -107,14 +107,15 @@ def test_old_lock_without_a_holder_holds_nobody_and_is_reported(clone: Path, clo
     lock.touch()
     age(lock, STALE_LOCK_SECONDS - 5)
     assert checkout.is_changing()
-    assert len(checkout.problems) == 0
     age(lock, STALE_LOCK_SECONDS + 1)
     clock.now += 1
     assert not checkout.is_changing()
-    assert [str(lock) in problem and "remove it" in problem for problem in checkout.problems] == [True]
+    (problem,) = checkout.problems
+    assert str(lock) in problem
+    assert "remove it" in problem
     lock.unlink()
     assert not checkout.is_changing()
-    assert len(checkout.problems) == 0
+    assert checkout.problems == ()
 
 
 def test_lock_from_the_future_holds_no_longer_than_a_fresh_one(clone: Path, clock: Clock) -> None:

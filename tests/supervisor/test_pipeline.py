@@ -230,6 +230,33 @@ def test_running_git_closes_the_gate_and_holds_the_look(bench: Bench) -> None:
     assert bench.launched[-1].manifest.digest == bench.disk()
 
 
+@pytest.mark.parametrize("bench", ["git"], indirect=True)
+@pytest.mark.parametrize("trusting", [True, False])
+def test_commit_of_a_tree_is_none_that_head_was_moved_to_while_it_was_read(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, trusting: bool
+) -> None:
+    def commit() -> str:
+        run_git(bench.tree, "commit", "--quiet", "--allow-empty", "--message=x")
+        return run_git(bench.tree, "rev-parse", "HEAD")
+
+    before, put = commit(), BlobStore.put
+
+    def put_late(store: BlobStore, content: bytes) -> str:
+        commit()  # The files of this one are not written here; a checkout would have, before it.
+        return put(store, content)
+
+    bench.pipeline.trusting = trusting
+    bench.save("a.py", "VALUE = 1\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(BlobStore, "put", put_late)
+        bench.advance()
+    checkout = bench.pipeline._repository
+    assert checkout.head_of(bench.disk()).commit == before
+    bench.pipeline.scan(bench.now)
+    assert checkout.head_of(bench.disk()).commit == run_git(bench.tree, "rev-parse", "HEAD") != before
+    bench.pipeline.close()
+
+
 def test_touched_file_is_unchanged(bench: Bench) -> None:
     (bench.tree / "a.py").touch()
     bench.pipeline.hint([Hint(str(bench.tree / "a.py"), finished=True)], bench.now)
