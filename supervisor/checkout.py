@@ -237,7 +237,10 @@ def _holders(
         elif _is_git_that_locks(process):
             directory = processes.directory(process.pid)
             if directory is None:
-                inside = processes.owner(process.pid) == facts.st_uid
+                # Not ours to know; or it has just ended, and with its memory everything else is gone.
+                again = processes.read(process.pid)
+                alive = again is not None and again.key == process.key and again.memory_bytes > 0
+                inside = alive and processes.owner(process.pid) == facts.st_uid
             else:
                 inside = any(directory.is_relative_to(place) for place in places)
             if inside:

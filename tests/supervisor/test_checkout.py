@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -65,13 +65,18 @@ def age(lock: Path, seconds: float) -> None:
 def running(*command: str, cwd: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
     """A process that is killed at the end, with all that it started."""
     process = subprocess.Popen(
-        command, cwd=cwd, env=os.environ | environment, stdout=subprocess.DEVNULL, process_group=0
+        command,
+        cwd=cwd,
+        env=os.environ | environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        process_group=0,
     )
     try:
         yield process
     finally:
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.communicate()
 
 
 @contextmanager
@@ -154,42 +159,45 @@ def test_old_lock_that_a_process_has_open_holds_until_it_is_closed(clone: Path, 
     assert len(checkout.problems) == 1
 
 
-def test_git_that_has_closed_its_lock_holds_it_until_it_ends(clone: Path, clock: Clock) -> None:
-    checkout, lock = over(clone, clock=clock), clone / ".git" / "index.lock"
-    with committing(clone) as committer:
-        until(lock.exists)
-        age(lock, 86_400)
-        assert checkout.is_changing()
-        assert checkout.lock is not None
-        assert checkout.lock.holders == (f"{committer.pid} (git)",)
-    clock.now += 10
-    assert lock.exists(), "void: git has taken its lock away"
-    assert not checkout.is_changing(), checkout.lock
-    assert len(checkout.problems) == 1
-
-
-def test_git_elsewhere_one_that_reads_and_one_that_came_later_hold_nothing(
-    clone: Path, tmp_path: Path, clock: Clock
+def test_git_that_has_closed_its_lock_holds_it_until_it_ends_and_no_later_one_does(
+    clone: Path, clock: Clock
 ) -> None:
+    checkout, lock = over(clone, clock=clock), clone / ".git" / "index.lock"
+    with ExitStack() as stack:
+        with committing(clone) as committer:
+            until(lock.exists)
+            age(lock, 86_400)
+            assert checkout.is_changing()
+            later = stack.enter_context(running("git", "hash-object", "--stdin", cwd=clone))
+            until(lambda: name_of(later) == "git")
+            clock.now += 10
+            assert checkout.is_changing()
+            assert checkout.lock is not None
+            assert checkout.lock.holders == (f"{committer.pid} (git)",)
+        clock.now += 10
+        assert lock.exists(), "void: git has taken its lock away"
+        assert name_of(later) == "git", "void: it has ended"
+        assert not checkout.is_changing()
+        assert len(checkout.problems) == 1
+
+
+def name_of(process: subprocess.Popen[bytes]) -> str:
+    return Path(f"/proc/{process.pid}/comm").read_text(encoding="ascii").strip()
+
+
+def test_git_elsewhere_and_one_that_only_reads_hold_nothing(clone: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(clone, elsewhere)
     lock = clone / ".git" / "index.lock"
     lock.touch()
     age(lock, 86_400)
-    waits = {"GIT_TRACE": "0"}
-    reader = ("git", "cat-file", "--batch")
-    read, write = os.pipe()
-    with committing(elsewhere):
-        reading = subprocess.Popen(reader, cwd=clone, env=os.environ | waits, stdin=read)
-        until(lambda: Path(f"/proc/{reading.pid}/comm").read_text(encoding="ascii") == "git\n")
-        checkout = over(clone, clock=clock)
-        assert not checkout.is_changing()
-        with running("git", "hash-object", "--stdin", cwd=clone):
-            clock.now += 10
-            assert not checkout.is_changing()
-        os.close(write)
-        reading.wait()
-    os.close(read)
+    with (
+        committing(elsewhere),
+        running("git", "hash-object", "--stdin", cwd=elsewhere) as other,
+        running("git", "cat-file", "--batch", cwd=clone) as reader,
+    ):
+        until(lambda: name_of(other) == name_of(reader) == "git")
+        assert not over(clone).is_changing()
 
 
 def test_lock_of_another_user_is_held_by_a_git_of_that_user(clone: Path) -> None:
@@ -213,7 +221,7 @@ def test_lock_of_another_user_is_held_by_a_git_of_that_user(clone: Path) -> None
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
         ) as stranger:
-            until(lambda: Path(f"/proc/{stranger.pid}/comm").read_text(encoding="ascii") == "git\n")
+            until(lambda: name_of(stranger) == "git")
             assert run_unprivileged(imports, code, str(public)) == "True"
 
 
