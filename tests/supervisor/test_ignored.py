@@ -10,7 +10,8 @@ import pytest
 
 from supervisor.child.ignored import is_ignored
 from supervisor.manifest import Tree, scan
-from tests.supervisor.harness import Supervised, history
+from supervisor.watch import Watcher
+from tests.supervisor.harness import Supervised, history, until
 
 Supervise = Callable[..., Supervised]
 
@@ -63,6 +64,25 @@ def test_paths_are_relative_to_what_several_roots_have_in_common(tmp_path: Path)
         (tmp_path / name).touch()
     tree = Tree(tuple(str(tmp_path / name) for name in "abc"), ("a/x.py", "c"))
     assert scan(tree, None, lambda _: "x").manifest.sources.keys() == {"a/y.py", "b/x.py"}
+
+
+def test_nobody_is_woken_for_what_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "build").mkdir()
+    watcher = Watcher(Tree((str(tmp_path),), ("build", "gen_*")), lambda: None)
+    watcher.start()
+    try:
+        for name in ("build/a.py", "gen_b.py", "c.py"):
+            (tmp_path / name).touch()
+        seen: set[str] = set()
+
+        def hints() -> set[str]:
+            seen.update(hint.path for hint in watcher.take())
+            return seen
+
+        until(lambda: str(tmp_path / "c.py") in hints())
+    finally:
+        watcher.close()
+    assert {Path(path).name for path in seen} <= {"c.py", tmp_path.name}
 
 
 MAIN = """\
