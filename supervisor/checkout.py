@@ -34,7 +34,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -156,6 +156,14 @@ class Checkout:
         if self.lock is not None:
             self._held_at = now
         return now - self._held_at < _HEAD_SECONDS
+
+    def mark(self) -> Hashable:
+        """Return what is another one after git has written files: a look at the tree between two is torn.
+
+        Git writes the index last, still under its lock. So a look saw no half of a change of git's if nobody
+        held a lock before and after it, and both marks are equal.
+        """
+        return frozenset((found.directory, found.written()) for found in self._repositories())
 
     def _repositories(self) -> Iterator[Repository]:
         seen: set[Path] = set()

@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,6 +116,10 @@ class Pipeline:
         """Relative paths of sources whose bytecode was not left as it should be."""
         self._judged: str | None = None
         self._unreadable = False
+        self._torn = False
+        """Git was writing during the last look: it may have seen half of a change."""
+        self._mark: Hashable = None
+        """Of the last look at the whole tree; see :meth:`Checkout.mark`."""
         self.prints: dict[str, Mapping[str, str]] = {}
         """Sha256 of a source to the prints of its code objects."""
         self._unread: list[str] = []
@@ -233,13 +237,16 @@ class Pipeline:
         return turn
 
     def _scan(self, previous: Snapshot | None, doubtful: Collection[str]) -> Snapshot:
-        head = self._repository.head()  # Before the look: git moves it last.
+        mark, head = self._repository.mark(), self._repository.head()  # Before the look: git moves HEAD last.
         snapshot = manifest.scan(self._tree, previous, self._blobs.put, doubtful=doubtful)
         self._repository.saw(snapshot, head)
+        self._mark = mark
         return snapshot
 
     def _look_again(self, known: Snapshot, paths: Collection[str]) -> Snapshot | None:
         head = self._repository.head()
+        if self._repository.mark() != self._mark:
+            return None  # Git has written: events tell of the first files before they tell of the last ones.
         snapshot = manifest.look_again(known, paths, self._blobs.put)
         if snapshot is not None:
             self._repository.saw(snapshot, head)
@@ -371,6 +378,9 @@ class Pipeline:
         pending.take_up(pending.reload.trigger)
         reload, began = pending.reload, self._clock()
         found = self._find(pending, now)
+        if self._torn:
+            pending.not_before, self._pending = now + _LOCK_LOOK_SECONDS, pending
+            return False
         if reload is under_way and (found is None or (live is not None and found.digest == live.digest)):
             # What was started ahead has an end of its own; what is found now is told apart from it.
             reload = Reload(reload.trigger, reload.began_at)
@@ -394,7 +404,11 @@ class Pipeline:
         )
 
     def _find(self, pending: Settling, now: float) -> Manifest | None:
-        """Stage *manifest*: find out what is on disk; None if it cannot be read, :attr:`problem` says why."""
+        """Stage *manifest*: find out what is on disk.
+
+        Returns:
+            None if it cannot be read, :attr:`problem` says why; or if git was writing meanwhile, it is `_torn`.
+        """
         dirty = {self._relative(path) for path in pending.dirty}
         known = None if pending.whole else self._snapshot
         try:
@@ -405,7 +419,10 @@ class Pipeline:
                 again = self._scan(known, doubtful=dirty)
                 self.scanned_at = now
         except SourceError as error:
-            self.problem, self._unreadable = str(error), True
+            self.problem, self._unreadable, self._torn = str(error), True, False
+            return None
+        self._torn = self._repository.mark() != self._mark or self._repository.is_changing()
+        if self._torn:
             return None
         self._snapshot = again
         if self._unreadable:
