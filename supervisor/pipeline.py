@@ -407,7 +407,7 @@ class Pipeline:
         """Stage *manifest*: find out what is on disk.
 
         Returns:
-            None if it cannot be read, :attr:`problem` says why; or if git was writing meanwhile, it is `_torn`.
+            None if it cannot be read, :attr:`problem` says why; or if git was writing meanwhile (`_torn`).
         """
         dirty = {self._relative(path) for path in pending.dirty}
         known = None if pending.whole else self._snapshot

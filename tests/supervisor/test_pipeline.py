@@ -257,6 +257,35 @@ def test_commit_of_a_tree_is_none_that_head_was_moved_to_while_it_was_read(
     bench.pipeline.close()
 
 
+@pytest.mark.parametrize("bench", ["git"], indirect=True)
+def test_look_during_which_git_wrote_is_not_believed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    put = BlobStore.put
+
+    def put_late(store: BlobStore, content: bytes) -> str:
+        (bench.tree / "b.py").write_text("VALUE = 1\n", encoding="utf-8")
+        run_git(bench.tree, "add", "--all")
+        return put(store, content)
+
+    bench.save("a.py", "VALUE = 1\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(BlobStore, "put", put_late)
+        bench.advance()
+    assert bench.pipeline.job is None
+    bench.advance(CALM_SECONDS)
+    assert bench.build() is not None
+    assert bench.launched[-1].manifest.digest == bench.disk()
+
+
+@pytest.mark.parametrize("bench", ["git"], indirect=True)
+def test_first_event_of_what_git_wrote_is_enough_to_see_all_of_it(bench: Bench) -> None:
+    (bench.tree / "b.py").write_text("VALUE = 1\n", encoding="utf-8")
+    bench.save("a.py", "VALUE = 1\n")
+    run_git(bench.tree, "add", "--all")
+    bench.advance()
+    assert bench.build() is not None
+    assert bench.launched[-1].manifest.digest == bench.disk()
+
+
 def test_touched_file_is_unchanged(bench: Bench) -> None:
     (bench.tree / "a.py").touch()
     bench.pipeline.hint([Hint(str(bench.tree / "a.py"), finished=True)], bench.now)
