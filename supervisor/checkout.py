@@ -14,6 +14,10 @@ the roots (that each root lies in, and every one below a root: submodules, clone
 - An old lock that nobody holds was left behind by a git that died. It is told and ignored: git itself would
   refuse to work there, but the tree is at rest.
 
+**A look is torn** if git wrote while it was taken: a lock was there before or after it, or the index is
+another one (:meth:`Checkout.mark`). Nothing is built from a torn look. After git has written, the whole tree
+is looked at and not only what events have named so far.
+
 The age counts by the lock's mtime, or by how long we have seen it, whatever is longer: a clock that was set
 back holds nobody for more than that time.
 
