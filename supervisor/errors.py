@@ -59,6 +59,8 @@ class SourceError(SupervisorError):
     ) -> None:
         super().__init__(f"cannot read {path}: {why}; {remedy}")
         self.path = path
+        self.why = why
+        self.remedy = remedy
 
 
 class BlobError(SupervisorError):

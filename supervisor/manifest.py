@@ -320,6 +320,14 @@ def source_roots(paths: Collection[Path]) -> tuple[str, ...]:
     )
 
 
+def is_source(name: str) -> bool:
+    """Whether a file of this name is one, and not an editor's own: Emacs' locks and auto-saves.
+
+    (vim's end in ``.swp`` or ``~``.)
+    """
+    return name.endswith(".py") and not name.startswith((".#", "#"))
+
+
 # --- one file ---------------------------------------------------------------------------------------------
 
 
@@ -450,7 +458,7 @@ def _list(place: _Place, *, is_root: bool) -> _Listing | None:
             if name not in place.excluded:
                 below = place.behind(entry.path) if entry.is_symlink() else place.below(entry.path)
                 listing.below.extend([below] if below else [])
-        elif name.endswith(".py") and not _is_editor_temporary(name):
+        elif is_source(name):
             listing.sources.append(name)
     return listing
 
@@ -460,11 +468,3 @@ def _is_directory(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir()
     except OSError:
         return False  # A link in a circle, or into a place that may not be looked at: nothing to descend to.
-
-
-def _is_editor_temporary(name: str) -> bool:
-    """Whether an editor made this file for itself: Emacs' locks and auto-saves.
-
-    (vim's end in ``.swp`` or ``~``.)
-    """
-    return name.startswith((".#", "#"))

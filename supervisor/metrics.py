@@ -134,6 +134,7 @@ class SupervisorMetrics:
         self.compile_errors = counter("compile_errors", "Trees rejected because a source does not compile.")
         self.watch_mode = gauge("watch_mode", "1 for the way in which changes are noticed now.", ("mode",))
         self.watch_overflows = counter("watch_overflows", "Times the kernel's event queue overflowed.")
+        self.watch_restarts = counter("watch_restarts", "Starts of a watcher that was dead or blind.")
         self.last_scan_age = gauge(
             "last_scan_age_seconds", "Time since the tree was last looked at, in seconds."
         )

@@ -191,4 +191,5 @@ class Reporting:
         metrics.set_watch_mode(watch["mode"])
         metrics.last_scan_age.set(watch["last_scan_age_seconds"])
         metrics.follow(metrics.watch_overflows, watch["overflows"])
+        metrics.follow(metrics.watch_restarts, watch["restarts"])
         metrics.follow(metrics.notify_errors, self._notifier.errors_total)

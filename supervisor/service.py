@@ -107,7 +107,7 @@ class Service:
         self._blobs = _open_blobs(settings.state_dir)
         self._checkout = Checkout(settings.tree)
         self._dirty = Dirty(self._selector, inherited)
-        self._watcher = Watcher(settings.tree, self._wake)
+        self._watcher = Watcher(settings.tree, self._wake, settings.runtime_dir / "watch")
         self._notifier = Notifier(inherited)
         metrics_registry = registry()
         self._child_metrics = ChildMetrics()
@@ -174,7 +174,6 @@ class Service:
         self._live_is_new = False
         self._changed = True
         self._housekeeping_at = self._scan_at = self._verify_at = self._suspect_at = 0.0
-        self._directories = 0
         self._git_facts: dict[str, Any] | None = None
         self._turned_at = time.monotonic()
         self._status: dict[str, Any] = {}
@@ -221,10 +220,8 @@ class Service:
         wakeup = signal.set_wakeup_fd(self._wake_writer.fileno(), warn_on_full_buffer=False)
         try:
             self._watcher.start()
-            log.info("watching %s (%s)", ", ".join(self._settings.tree.roots), self._watcher.mode)
+            log.info("watching %s (%s)", ", ".join(self._settings.tree.roots), self._watcher.health.mode)
             log.info("status at http://%s/status.json, metrics at /metrics", self._web.address)
-            if self._watcher.problem:
-                log.warning("%s", self._watcher.problem)
             self._pipeline.ask("start", time.monotonic())
             while not self._state.finished:
                 self._turn()
@@ -249,7 +246,11 @@ class Service:
             log.warning("the supervisor stood still for %.1f s; nobody's silence counts", now - due)
             self._events.appendleft((events.Slept(now - due), None))
         self._pipeline.hint(self._watcher.take(), now)
-        self._pipeline.trusting = self._watcher.mode == "events"
+        doubt = self._watcher.doubt()
+        if doubt is not None:
+            log.warning("every file is read again: %s", doubt)
+            self._pipeline.scan(now, whole=True)
+        self._pipeline.trusting = self._watcher.hears_everything
         self._dirty.turn(now)
         self._fleet.reap(now)
         self._run_timers(now)
@@ -326,7 +327,6 @@ class Service:
             costly = self._pipeline.scan_seconds * _SCANS_SHARE
             self._scan_at = now + max(self._settings.scan_interval_seconds, costly)
             self._read_environment_again()
-            self._directories = self._watcher.directories_total
             if self._state.live is not None and self._state.candidate is None and self._state.retry is None:
                 self._pipeline.reconsider(now, self._state.live.tree)
         live = self.live
@@ -745,10 +745,7 @@ class Service:
             reason=self._problem(),
             listen=self._web.address,
             watch={
-                "mode": self._watcher.mode,
-                "reason": self._watcher.problem,
-                "directories": self._directories,
-                "overflows": self._watcher.overflows_total,
+                **self._watcher.as_json(),
                 "last_scan_age_seconds": round(now - (self._pipeline.scanned_at or now), 3),
             },
             git=self._git_facts,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,8 +16,14 @@ def supervise(tmp_path: Path) -> Iterator[Callable[..., Supervised]]:
     """Start supervisors that are stopped at the end of the test: ``supervise(*arguments, cwd=…)``."""
     with ExitStack() as stack:
 
-        def start(*arguments: str, cwd: Path, folder: Path | None = None, **environment: str) -> Supervised:
-            started = Supervised(folder or tmp_path, list(arguments), cwd, environment)
+        def start(
+            *arguments: str,
+            cwd: Path,
+            folder: Path | None = None,
+            prefix: Sequence[str] = (),
+            **environment: str,
+        ) -> Supervised:
+            started = Supervised(folder or tmp_path, list(arguments), cwd, environment, prefix)
             stack.callback(started.end)
             return started
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,13 +86,36 @@ class Output:
             self._news.notify_all()
 
 
+NAMESPACE = ("unshare", "--user", "--map-root-user")
+"""Put before a command, it runs with limits of its own below ``/proc/sys/user``."""
+
+
+def _why_no_namespaces() -> str:
+    try:
+        tried = subprocess.run([*NAMESPACE, "true"], capture_output=True, text=True, check=False)
+    except OSError as error:
+        return str(error)
+    return tried.stderr.strip()
+
+
+needs_namespaces = pytest.mark.skipif(bool(why := _why_no_namespaces()), reason=f"no user namespaces: {why}")
+
+
 class Supervised:
     """A running ``wa-supervisor run`` and its runtime directory."""
 
-    def __init__(self, folder: Path, arguments: list[str], cwd: Path, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        arguments: list[str],
+        cwd: Path,
+        environment: Mapping[str, str],
+        prefix: Sequence[str] = (),
+    ) -> None:
         self.runtime = folder / "run"
         self.process = subprocess.Popen(
             [
+                *prefix,
                 SUPERVISOR,
                 "run",
                 f"--runtime-dir={self.runtime}",
