@@ -22,6 +22,7 @@ import errno
 import os
 import select
 import struct
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,10 +86,12 @@ class Inotify:
     """One inotify instance. One thread reads, another one may add, remove, count, stop and close.
 
     Raises:
-        OSError: there is none left (``EMFILE``, ``ENFILE``) or no memory for it.
+        OSError: there is none left (``EMFILE``, ``ENFILE``), no memory, or this is not Linux (``ENOSYS``).
     """
 
     def __init__(self) -> None:
+        if sys.platform != "linux":
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
         descriptor = _libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
         if descriptor < 0:
             raise _error("inotify_init1")
@@ -180,6 +183,8 @@ def watches_remedy(missing: int) -> str:
 
 def instances_remedy(error: OSError) -> str:
     """Return what the operator does about an instance that was refused."""
+    if error.errno == errno.ENOSYS:
+        return "rely on --scan-interval"
     if error.errno == errno.EMFILE and _descriptors_left():
         return _raise_user_limit("instances", missing=1)
     if error.errno == errno.EMFILE:

@@ -102,7 +102,7 @@ def test_turn_of_the_current_release_is_one_reload_of_it(supervise: Supervise, t
         app(tmp_path / "releases" / str(number), number)
     current = tmp_path / "current"
     current.symlink_to("releases/1")
-    started = supervise("--watch=current", "current/main.py", cwd=tmp_path)
+    started = supervise("--watch=current", "--scan-interval=0.2", "current/main.py", cwd=tmp_path)
     started.expect(LIVE)
     for number in (2, 3):
         (tmp_path / "next").symlink_to(f"releases/{number}")
