@@ -210,7 +210,7 @@ class ProcessSampler:
                 cpu = self._process.cpu_times()
                 threads = self._process.num_threads()
             fds = self._process.num_fds()
-        except psutil.Error:
+        except (psutil.Error, OSError):  # OSError: no descriptor is left to look with.
             return None
         if memory:
             self._metrics.child_memory.set(memory)

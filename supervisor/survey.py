@@ -112,7 +112,7 @@ def _follow(
     except OSError:  # It has just ended. The next turn sees it.
         return nothing, None
     if canary.directory in followed.new:
-        canary.hurry()  # Of one that was written to another directory nobody will hear.
+        canary.hurry()  # What was written to the directory that it was before is not listened to any more.
     return followed, watches_total
 
 
