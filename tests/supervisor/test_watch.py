@@ -453,6 +453,7 @@ def test_canary_that_cannot_be_written_is_no_proof_of_anything(watch: Watch, tmp
     root = tmp_path / "deep" / "root"
     root.mkdir(parents=True)
     watched = watch(root)
+    watched.later()
     shutil.rmtree(watched.canary)
     watched.canary.write_text("in its place", encoding="utf-8")
     watched.later()
