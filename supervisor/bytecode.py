@@ -245,7 +245,7 @@ class Compiler:
         problem = None
         directories: list[str] = []
         try:
-            directories = list(tree.directories()) if sweep else []
+            directories = [folder.path for folder in tree.folders()] if sweep else []
         except SourceError as error:
             problem = str(error)
         request = {

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from watchdog.events import (
@@ -99,10 +99,13 @@ class TreeEmitter(EventEmitter):
         """Number of a watch to the names of its directory."""
         self._folders: frozenset[str] = frozenset()
         self._always = ""
+        self._ignores: Callable[[str], bool] = lambda _: False
 
     # --- called by the watcher ------------------------------------------------------------------------------
 
-    def follow(self, directories: Iterable[str], always: str) -> Followed:
+    def follow(
+        self, directories: Iterable[str], always: str, ignores: Callable[[str], bool] = lambda _: False
+    ) -> Followed:
         """Watch these directories as they are now, and no others.
 
         Each is asked for again every time: for one that is watched the kernel answers with the watch it has,
@@ -111,11 +114,12 @@ class TreeEmitter(EventEmitter):
         Args:
             directories: absolute paths, the most important ones first; those that are gone are passed over.
             always: absolute path of a file whose events are emitted whatever its name.
+            ignores: whether an absolute path is left out; called from the emitter's thread.
 
         Raises:
             OSError: the emitter has ended.
         """
-        self._always = always
+        self._always, self._ignores = always, ignores
         wanted = list(dict.fromkeys(directories))
         names: dict[int, tuple[str, ...]] = {}
         refused = self._add(wanted, names)
@@ -185,9 +189,13 @@ class TreeEmitter(EventEmitter):
                     break
 
     def _concerns_sources(self, name: str, path: str, mask: int, *, is_directory: bool) -> bool:
+        if path == self._always:
+            return True
+        if self._ignores(path):
+            return False
         if is_directory:
             return name not in EXCLUDED_DIRECTORIES
-        if is_source(name) or name == VENV_MARKER or path == self._always:
+        if is_source(name) or name == VENV_MARKER:
             return True
         if mask & (inotify.CREATE | inotify.MOVED_TO):
             return os.path.islink(path)

@@ -89,13 +89,13 @@ class Tree:
         """The common parent of the roots: what the manifest's paths are relative to."""
         return os.path.commonpath(self.roots)
 
-    def directories(self) -> Iterator[str]:
-        """Yield the absolute path of every directory that belongs to the tree.
+    def directories(self, root: str) -> Iterator[str]:
+        """Yield the absolute path of every directory below one of the roots that belongs to the tree.
 
         Raises:
-            SourceError: a root cannot be listed.
+            SourceError: the root cannot be listed.
         """
-        for folder in self.folders():
+        for folder in self._folders((root,)):
             yield folder.path
 
     def ignores(self, path: str) -> bool:
@@ -114,8 +114,11 @@ class Tree:
         Raises:
             SourceError: a root cannot be listed.
         """
+        return self._folders(self.roots)
+
+    def _folders(self, roots: tuple[str, ...]) -> Iterator[Folder]:
         seen: set[str] = set()
-        for root in self.roots:
+        for root in roots:
             pending = [] if self.ignores(root) else [_Place(root)]
             while pending:
                 place = pending.pop()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from supervisor import inotify
 from supervisor.canary import Canary
@@ -64,7 +64,7 @@ def take(tree: Tree, emitter: TreeEmitter | None, canary: Canary, file_systems: 
     """Walk over the tree, and have the emitter follow every directory and the canary's."""
     troubles: list[Trouble] = []
     directories = dict(_walk(tree, troubles))
-    followed, watches_total = _follow(emitter, directories, canary)
+    followed, watches_total = _follow(tree, emitter, directories, canary)
     unwatched = frozenset(followed.refused) & directories.keys()
     if unwatched:
         troubles.append(_refusal(followed, unwatched, len(directories)))
@@ -91,7 +91,7 @@ def _walk(tree: Tree, troubles: list[Trouble]) -> Iterator[tuple[str, int]]:
     """Yield path and device of each directory of the tree."""
     for root in tree.roots:
         try:
-            for path in replace(tree, roots=(root,)).directories():
+            for path in tree.directories(root):
                 with contextlib.suppress(OSError):  # Gone since it was listed.
                     yield path, os.stat(path).st_dev
         except SourceError as error:
@@ -99,7 +99,7 @@ def _walk(tree: Tree, troubles: list[Trouble]) -> Iterator[tuple[str, int]]:
 
 
 def _follow(
-    emitter: TreeEmitter | None, directories: Mapping[str, int], canary: Canary
+    tree: Tree, emitter: TreeEmitter | None, directories: Mapping[str, int], canary: Canary
 ) -> tuple[Followed, int | None]:
     """Have all watched; return what came of it, and the number of watches the kernel has."""
     nothing = Followed((), {}, 0)
@@ -107,7 +107,7 @@ def _follow(
         return nothing, None
     canary.prepare()
     try:
-        followed = emitter.follow((canary.directory, *directories), canary.path)
+        followed = emitter.follow((canary.directory, *directories), canary.path, tree.ignores)
         watches_total = emitter.count()
     except OSError:  # It has just ended. The next turn sees it.
         return nothing, None

@@ -68,7 +68,7 @@ def test_paths_are_relative_to_what_several_roots_have_in_common(tmp_path: Path)
 
 def test_nobody_is_woken_for_what_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "build").mkdir()
-    watcher = Watcher(Tree((str(tmp_path),), ("build", "gen_*")), lambda: None)
+    watcher = Watcher(Tree((str(tmp_path),), ("build", "gen_*")), lambda: None, tmp_path / "canary")
     watcher.start()
     try:
         for name in ("build/a.py", "gen_b.py", "c.py"):
