@@ -132,6 +132,7 @@ def test_an_update_is_shown_and_taken_over_while_the_child_runs_on(
     edit(package, "succession.py", "the supervisor was replaced in place", "the NEW program is in its place")
     started.expect(r"outdated: its own package has changed.*: succession\.py")
     assert "succession.py" in started.status()["self"]["reason"]
+    assert "outdated" in started.command("status").stdout
     counted = metrics(started)
     assert counted["wa_supervisor_self_outdated"] == 1
 
