@@ -285,10 +285,6 @@ class Replacement:
             self._purge(found, now)
         return False
 
-    def give_up(self, why: str) -> NoReturn:
-        """Refuse it from outside."""
-        raise RefusedError(why)
-
     def close(self) -> None:
         """Cancel what is under way."""
         if self._job is not None:

@@ -156,9 +156,10 @@ class Succession:
         if wish is None:
             return
         busy = self._desk.busy_with()
+        if now >= self._refused_at:
+            self.refuse(f"it took longer than {PATIENCE_SECONDS:g} s{f': {busy}' if busy else ''}")
+            return
         try:
-            if now >= self._refused_at:
-                wish.give_up(f"it took longer than {PATIENCE_SECONDS:g} s{f': {busy}' if busy else ''}")
             if not (wish.prepared and busy) and wish.advance(now) and not busy:
                 self._desk.stop_writing()
                 self.due = True
