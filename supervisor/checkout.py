@@ -123,6 +123,7 @@ class Checkout:
         clock: monotonic seconds.
 
     Attributes:
+        heads: tree digests to where HEAD stood when they were last seen on disk, the latest last.
         lock: the one that holds the tree now, as of the last time that :meth:`is_changing` was asked.
         problems: a sentence about each lock that was left behind, as of then.
     """
@@ -133,7 +134,7 @@ class Checkout:
         self._below: tuple[str, ...] = ()
         self._watched: dict[_Key, _Watched] = {}
         self._held_at = float("-inf")
-        self._heads: dict[str, Head] = {}
+        self.heads: dict[str, Head] = {}
         self.lock: Lock | None = None
         self.problems: tuple[str, ...] = ()
 
@@ -224,15 +225,15 @@ class Checkout:
         """
         self._below = snapshot.worktrees
         tree = snapshot.manifest.digest
-        self._heads.pop(tree, None)
+        self.heads.pop(tree, None)
         if head is not None:
-            self._heads[tree] = head
-        while len(self._heads) > _HEADS_KEPT:
-            del self._heads[next(iter(self._heads))]
+            self.heads[tree] = head
+        while len(self.heads) > _HEADS_KEPT:
+            del self.heads[next(iter(self.heads))]
 
     def head_of(self, tree: str | None) -> Head:
         """Return where HEAD stood when this tree was last seen on disk."""
-        return self._heads.get(tree or "", Head())
+        return self.heads.get(tree or "", Head())
 
 
 def _holders(

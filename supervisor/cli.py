@@ -167,14 +167,20 @@ def run(
 
     settings = read_settings()
     # Imported here: the other commands answer without loading watcher, metrics and web server.
+    from supervisor import reexec  # noqa: PLC0415
     from supervisor.service import Service  # noqa: PLC0415
 
-    output = Output(settings.state_dir / CHILD_LOG)
-    _log_to(output.handler())
-    try:
-        raise typer.Exit(Service(settings, output, read_settings).run())
-    finally:
-        output.close()
+    ended: int | reexec.Estate | None = reexec.received()
+    while not isinstance(ended, int):
+        output = Output(settings.state_dir / CHILD_LOG, estate=ended.output if ended else None)
+        _log_to(output.handler())
+        try:
+            ended = Service(settings, output, read_settings, estate=ended).run()
+        finally:
+            output.close()
+        if isinstance(ended, reexec.Estate):
+            ended = reexec.replace_image(ended)
+    raise typer.Exit(ended)
 
 
 def _log_to(handler: logging.Handler) -> None:
@@ -182,7 +188,7 @@ def _log_to(handler: logging.Handler) -> None:
     handler.setFormatter(
         logging.Formatter("%(name)s: %(message)s" if under_journal else "%(asctime)s %(name)s: %(message)s")
     )
-    logging.basicConfig(handlers=[handler], level=logging.INFO)
+    logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
 
 
 @app.command()
@@ -232,6 +238,14 @@ def stop(*, runtime_dir: RuntimeDir = None) -> None:
     """Stop the child, then the supervisor; return when both are gone."""
     _ask(runtime_dir, "stop", timeout_seconds=None)
     print("stopped")
+
+
+@app.command()
+def reexec(*, runtime_dir: RuntimeDir = None) -> None:
+    """Replace the supervisor by its own package on disk; what it supervises runs on."""
+    answer = _ask(runtime_dir, "reexec", timeout_seconds=None)
+    runs_on = f"generation {answer['live']} runs on" if answer["live"] is not None else "nothing is live"
+    print(f"replaced (image {answer['self']['image']}); {runs_on}")
 
 
 @app.command()

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from supervisor.blobs import BlobStore
 from supervisor.checkout import Checkout
 from supervisor.control import Client
-from supervisor.errors import BlobError, UsageError
+from supervisor.errors import BlobError, SupervisorError, UsageError
 from supervisor.events import (
     Event,
     PauseRequested,
@@ -56,6 +56,9 @@ class Desk(Protocol):
 
     def ask_reload(self, trigger: str, uid: int | None, on_finish: Callable[[Reload], None]) -> None:
         """Read the settings and the whole tree again and reload; raises UsageError for bad settings."""
+
+    def ask_reexec(self, client: Client) -> None:
+        """Have this program replaced by the one on disk; raises SupervisorError if that cannot be."""
 
     def later(self, seconds: float, call: Callable[[], None]) -> None:
         """Call back after a time."""
@@ -121,21 +124,27 @@ class Commands:
             "diff": self._diff,
             "history": self._tell_history,
             "logs": self._logs,
+            "reexec": self._reexec,
         }
+
+    @property
+    def busy(self) -> bool:
+        """Whether somebody waits for an attestation."""
+        return bool(self._verifications)
 
     def handle(self, client: Client, request: Request) -> None:
         """Carry out one request."""
         name = request.get("command")
         command = self._commands.get(name) if isinstance(name, str) else None
         if command is None:
-            _refuse(client, f"there is no command {name!r}")
+            refuse(client, f"there is no command {name!r}")
         else:
             command(client, request)
 
     def close(self) -> None:
         """Tell those who wait for the stop that it is done, and the others that nothing comes any more."""
         for waiting in self._verifications:
-            _refuse(waiting.client, "the supervisor stops")
+            refuse(waiting.client, "the supervisor stops")
         for client in self._stopping:
             client.answer({"ok": True})
 
@@ -145,19 +154,19 @@ class Commands:
         try:
             self._desk.ask_reload("cli", client.uid, _answer_with(client))
         except UsageError as error:
-            _refuse(client, str(error))
+            refuse(client, str(error))
 
     def _restart(self, client: Client, _request: Request) -> None:
         state = self._desk.state
         if not state.all and state.retry is None:
-            _refuse(client, "nothing runs that could be started again")
+            refuse(client, "nothing runs that could be started again")
             return
         self._desk.happened(RestartRequested(), self._asked_for(client))
 
     def _rollback(self, client: Client, _request: Request) -> None:
         target = self._desk.state.earlier_good
         if target is None:
-            _refuse(client, "no tree before this one has served its probation")
+            refuse(client, "no tree before this one has served its probation")
             return
         reload = self._asked_for(client)
         reload.tree, reload.rollback = target, True
@@ -193,6 +202,12 @@ class Commands:
         log.info("%s, by command of %s", what, _who(client.uid))
         self._desk.operator(what, client.uid)
 
+    def _reexec(self, client: Client, _request: Request) -> None:
+        try:
+            self._desk.ask_reexec(client)
+        except SupervisorError as error:
+            refuse(client, str(error))
+
     # --- questions ----------------------------------------------------------------------------------------
 
     def _status(self, client: Client, _request: Request) -> None:
@@ -201,7 +216,7 @@ class Commands:
     def _tell_history(self, client: Client, request: Request) -> None:
         count = request.get("count", _HISTORY_SHOWN)
         if not isinstance(count, int) or count < 1:
-            _refuse(client, f"{count!r} is no number of records")
+            refuse(client, f"{count!r} is no number of records")
             return
         client.answer({"ok": True, "history": [record.as_json() for record in self._history.last(count)]})
 
@@ -237,7 +252,7 @@ class Commands:
     def _expired(self, waiting: _Verification) -> None:
         if waiting in self._verifications:
             self._verifications.remove(waiting)
-            _refuse(waiting.client, f"generation {waiting.number} did not answer within {ANSWER_SECONDS:g} s")
+            refuse(waiting.client, f"generation {waiting.number} did not answer within {ANSWER_SECONDS:g} s")
 
     def _diff(self, client: Client, _request: Request) -> None:
         """Answer with the text of every source that differs between the live generation and the disk."""
@@ -248,7 +263,7 @@ class Commands:
         self._pipeline.scan(time.monotonic(), whole=True)
         disk = self._pipeline.disk
         if disk is None:
-            _refuse(client, str(self._pipeline.problem))
+            refuse(client, str(self._pipeline.problem))
             return
         try:
             files = [
@@ -260,7 +275,7 @@ class Commands:
                 for path in live.manifest.changes(disk)
             ]
         except BlobError as error:
-            _refuse(client, str(error))
+            refuse(client, str(error))
             return
         head = self._checkout.head()
         document = {
@@ -275,10 +290,11 @@ class Commands:
         return self._blobs.get(digest).decode("utf-8", "backslashreplace") if digest is not None else None
 
     def _nothing_live(self, client: Client) -> None:
-        _refuse(client, f"no generation is live: {self._desk.status()['reason']}")
+        refuse(client, f"no generation is live: {self._desk.status()['reason']}")
 
 
-def _refuse(client: Client, why: str) -> None:
+def refuse(client: Client, why: str) -> None:
+    """Answer that a command cannot be carried out."""
     client.answer({"ok": False, "error": why})
 
 

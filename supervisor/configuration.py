@@ -8,11 +8,28 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from supervisor import environment, launch
 from supervisor.lifecycle import Policy
 from supervisor.settings import Settings, changeable
+
+
+@dataclass(frozen=True)
+class ConfigurationEstate:
+    """What the live generation was started with, as it is left to the next image of the supervisor.
+
+    Attributes:
+        settings: as plain values; empty if there is no such generation.
+        environment_digest: see :class:`environment.Environment`.
+    """
+
+    settings: Mapping[str, Any]
+    environment_digest: str | None
 
 
 class Configuration:
@@ -60,6 +77,14 @@ class Configuration:
         self.settings, self.policy, self._environment = settings, _policy(settings), found
         return changed
 
+    def check(self) -> None:
+        """Find out whether the settings as they are now could be taken over; changes nothing.
+
+        Raises:
+            UsageError: they are not valid, or ask for what a running supervisor cannot change.
+        """
+        changeable(self.settings, self._reread())
+
     def read_environment_again(self) -> bool:
         """Take over the environment file as it is now; return whether it has changed.
 
@@ -81,6 +106,21 @@ class Configuration:
         """Forget a generation."""
         self._started_with.pop(number, None)
 
+    def estate(self, number: int | None) -> ConfigurationEstate:
+        """Return what a generation was started with, for the next image of the supervisor."""
+        settings, environment_digest = self._started_with.get(number or 0, (None, None))
+        return ConfigurationEstate(_plain(settings), environment_digest)
+
+    def adopt(self, number: int, estate: ConfigurationEstate) -> None:
+        """Take over what a generation was started with.
+
+        A setting that this version knows and the earlier one did not is no change of its own.
+        """
+        then, now = estate.settings, _plain(self.settings)
+        same = all(now[name] == value for name, value in then.items() if name in now)
+        if then and same and estate.environment_digest == self._environment.digest:
+            self.started(number)
+
     def is_outdated(self, number: int) -> bool:
         """Whether a generation was started with something else than what holds now."""
         return self._started_with.get(number) != (self.settings, self._environment.digest)
@@ -94,6 +134,13 @@ class Configuration:
             generation=number,
             tree=tree,
         )
+
+
+def _plain(settings: Settings | None) -> dict[str, Any]:
+    """Return settings as values that do not change when they are written down and read again."""
+    plain = msgspec.to_builtins(settings, enc_hook=str) if settings is not None else {}
+    again: dict[str, Any] = msgspec.msgpack.decode(msgspec.msgpack.encode(plain))
+    return again
 
 
 def _policy(settings: Settings) -> Policy:

@@ -13,6 +13,7 @@ kernel releases with the process, so a socket left by a dead one is simply repla
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import select
@@ -21,7 +22,8 @@ import socket
 import stat
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,37 @@ _MAX_CLIENTS = 64
 _PEER = struct.Struct("3i")
 
 Answer = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ClientEstate:
+    """A connection as it is left to the next image of the supervisor; see :class:`Client`."""
+
+    connection: int
+    uid: int | None
+    received: bytes
+    unsent: bytes
+    waits_for_us: bool
+
+
+@dataclass(frozen=True)
+class ControlEstate:
+    """The socket as it is left to the next image of the supervisor.
+
+    Attributes:
+        listener: descriptor of the socket.
+        lock: descriptor that holds the runtime directory.
+        clients: the open connections.
+    """
+
+    listener: int
+    lock: int
+    clients: tuple[ClientEstate, ...]
+
+    @property
+    def descriptors(self) -> list[int]:
+        """What has to stay open."""
+        return [self.listener, self.lock, *(client.connection for client in self.clients)]
 
 
 class Client:
@@ -86,6 +119,25 @@ class Client:
         self.ignore()
         self.connection.close()
 
+    @property
+    def estate(self) -> ClientEstate:
+        """What is left to the next image of the supervisor."""
+        received, unsent = bytes(self.received), bytes(self._unsent)
+        return ClientEstate(self.connection.fileno(), self.uid, received, unsent, self.waits_for_us)
+
+    @classmethod
+    def adopt(cls, estate: ClientEstate, selector: selectors.BaseSelector) -> Client:
+        """Take over a connection; one with an answer on its way goes on with it."""
+        connection = socket.socket(fileno=estate.connection)
+        connection.setblocking(False)
+        client = cls(connection, selector, estate.uid)
+        client.received += estate.received
+        client.waits_for_us = estate.waits_for_us
+        client._unsent = memoryview(estate.unsent)
+        if estate.unsent:
+            client.listen(selectors.EVENT_WRITE, client._send)
+        return client
+
     def _send(self) -> None:
         try:
             while self._unsent:
@@ -104,6 +156,7 @@ class ControlServer:
         directory: runtime directory; created with mode 0700.
         selector: the main loop's; descriptors are registered with a function to call as their data.
         handle: called with the client and each request; answers now or later.
+        estate: what another image of the supervisor has left.
 
     Raises:
         AlreadyRunningError: another supervisor owns the directory.
@@ -115,14 +168,24 @@ class ControlServer:
         directory: Path,
         selector: selectors.BaseSelector,
         handle: Callable[[Client, dict[str, Any]], None],
+        estate: ControlEstate | None = None,
     ) -> None:
         self._path = directory / _SOCKET
         check_socket_path(self._path)
-        self._lock = lock.take(directory, "--runtime-dir")
+        self._lock = estate.lock if estate is not None else lock.take(directory, "--runtime-dir")
         self._selector = selector
         self._handle = handle
         self._clients: list[Client] = []
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        if estate is not None:
+            self._socket = socket.socket(fileno=estate.listener)
+            self._socket.setblocking(False)
+            self._adopt(estate.clients)
+        else:
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self._bind(directory)
+        selector.register(self._socket, selectors.EVENT_READ, self._accept)
+
+    def _bind(self, directory: Path) -> None:
         try:
             _refuse_foreign(directory)
             self._socket.setblocking(False)
@@ -138,7 +201,30 @@ class ControlServer:
             raise UsageError(
                 f"cannot make the socket {self._path}: {error.strerror}; name another --runtime-dir"
             ) from error
-        selector.register(self._socket, selectors.EVENT_READ, self._accept)
+
+    def _adopt(self, clients: Collection[ClientEstate]) -> None:
+        for left in clients:
+            client = Client.adopt(left, self._selector)
+            self._clients.append(client)
+            if client.waits_for_us:
+                self._wait_with(client)
+            elif not left.unsent:
+                client.listen(selectors.EVENT_READ, functools.partial(self._read, client))
+
+    def waiting(self, connections: Collection[int]) -> list[Client]:
+        """Return the clients with these descriptors that still wait for us."""
+        return [c for c in self._clients if c.waits_for_us and c.connection.fileno() in connections]
+
+    @property
+    def estate(self) -> ControlEstate:
+        """What is left to the next image of the supervisor."""
+        clients = tuple(client.estate for client in self._clients if client.open)
+        return ControlEstate(self._socket.fileno(), self._lock, clients)
+
+    def let_go(self) -> None:
+        """Leave socket, lock and connections to another image; this object is of no more use."""
+        for connection in (self._socket, *(client.connection for client in self._clients)):
+            connection.detach()
 
     def close(self) -> None:
         """Stop listening and release the directory."""
@@ -187,8 +273,11 @@ class ControlServer:
             client.close()
         elif newline:
             client.waits_for_us = True
-            client.listen(selectors.EVENT_READ, lambda: self._heard_more(client))
+            self._wait_with(client)
             self._dispatch(client, bytes(line))
+
+    def _wait_with(self, client: Client) -> None:
+        client.listen(selectors.EVENT_READ, lambda: self._heard_more(client))
 
     def _heard_more(self, client: Client) -> None:
         """Take note that a waiting client has gone; one that has only said its last word may still listen."""

@@ -21,7 +21,7 @@ from typing import Any
 
 from supervisor import ends, events, launch, masking, orphans, processes, verify
 from supervisor.history import Ending
-from supervisor.launch import Child, LaunchRequest
+from supervisor.launch import Child, ChildEstate, LaunchRequest
 from supervisor.manifest import Manifest
 from supervisor.notify import Datagram
 from supervisor.output import Output
@@ -50,6 +50,8 @@ class Running:
         started_at: monotonic time of its start.
         look: how it looked when it was judged to stand still.
         killed: we sent it SIGKILL ourselves.
+        adopted: it was started by an earlier image of the supervisor, and the prints of its code are not
+            taken yet: it is asked for an attestation when they are.
         status: what it said of itself (STATUS=).
     """
 
@@ -67,6 +69,41 @@ class Running:
     failure: Mapping[str, Any] = field(default_factory=dict)
     look: ends.Look | None = None
     killed: bool = False
+    adopted: bool = False
+
+
+@dataclass(frozen=True)
+class RunningEstate:
+    """A generation's process as it is left to the next image of the supervisor; see :class:`Running`.
+
+    Attributes:
+        seen: keys of those who descend from it, as far as they were met.
+    """
+
+    number: int
+    manifest: Manifest
+    child: ChildEstate
+    started_wall_seconds: float
+    started_at: float
+    over: bool
+    mute: bool
+    status: str
+    failure: Mapping[str, Any]
+    killed: bool
+    seen: frozenset[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class FleetEstate:
+    """All processes of generations, and the children that are none (:class:`orphans.Lineages`)."""
+
+    running: tuple[RunningEstate, ...] = ()
+    bystanders: tuple[int, ...] | None = None
+
+    @property
+    def descriptors(self) -> list[int]:
+        """What has to stay open."""
+        return [number for left in self.running for number in left.child.descriptors]
 
 
 class Fleet:
@@ -85,6 +122,7 @@ class Fleet:
         happened: takes an event of the lifecycle.
         metrics: takes the number of a generation and the families that it sent.
         suspected: takes the number of a generation and what made it suspicious (``X_SUSPECT=``).
+        estate: what another image of the supervisor has left.
     """
 
     def __init__(
@@ -102,6 +140,7 @@ class Fleet:
         happened: Callable[[events.Event], None],
         metrics: Callable[[int, list[Mapping[str, Any]]], None],
         suspected: Callable[[int, str], None],
+        estate: FleetEstate | None = None,
     ) -> None:
         self._target = target
         self._blobs = blobs
@@ -112,7 +151,8 @@ class Fleet:
         self._happened = happened
         self._metrics = metrics
         self._suspected = suspected
-        self._lineages = orphans.Lineages(notify_socket)
+        estate = estate or FleetEstate()
+        self._lineages = orphans.Lineages(notify_socket, estate.bystanders)
         self._output = output
         self._helpers = helpers
         # By its name: the folder may be removed and made anew, and ours would be the removed one.
@@ -121,10 +161,69 @@ class Fleet:
         self._endings: dict[int, Ending] = {}
         self._kills = ends.OutOfMemoryKills()
         self._kills_before = self._kills.read()
+        for left in estate.running:
+            self._adopt(left)
+
+    def _adopt(self, left: RunningEstate) -> None:
+        self._lineages.add(left.number, left.child.pid, left.seen)
+        self._take_in(
+            Running(
+                number=left.number,
+                manifest=left.manifest,
+                child=Child.adopt(left.child),
+                started_wall_seconds=left.started_wall_seconds,
+                started_at=left.started_at,
+                over=left.over,
+                mute=left.mute,
+                status=left.status,
+                failure=left.failure,
+                killed=left.killed,
+                adopted=True,
+            )
+        )
+
+    def _take_in(self, running: Running) -> None:
+        self._running[running.number] = running
+        if not running.mute:
+            self._selector.register(
+                running.child.channel, selectors.EVENT_READ, lambda: self._readable(running)
+            )
+
+    @property
+    def estate(self) -> FleetEstate:
+        """What is left to the next image of the supervisor."""
+        running = tuple(self._left(running) for running in self._running.values())
+        return FleetEstate(running, self._lineages.bystanders)
+
+    def let_go(self) -> None:
+        """Leave all processes to another image of the supervisor; this object is of no more use."""
+        for running in self._running.values():
+            self._unregister(running)
+            running.child.channel.detach()
+
+    def _left(self, running: Running) -> RunningEstate:
+        return RunningEstate(
+            number=running.number,
+            manifest=running.manifest,
+            child=running.child.estate,
+            started_wall_seconds=running.started_wall_seconds,
+            started_at=running.started_at,
+            over=running.over,
+            mute=running.mute,
+            status=running.status,
+            failure=running.failure,
+            killed=running.killed,
+            seen=self._lineages.seen(running.number),
+        )
 
     def get(self, number: int | None) -> Running | None:
         """Return a generation that has a process."""
         return self._running.get(number) if number is not None else None
+
+    @property
+    def numbers(self) -> Collection[int]:
+        """Of the generations that have a process."""
+        return self._running.keys()
 
     @property
     def manifests(self) -> list[Manifest]:
@@ -147,18 +246,25 @@ class Fleet:
         with self._output.attach(number) as pipes:
             child = launch.launch(request, pipes.stdout, pipes.stderr)
         self._lineages.add(number, child.pid)
-        running = Running(number, manifest, child, time.time(), time.monotonic())
-        self._running[number] = running
-        self._selector.register(child.channel, selectors.EVENT_READ, lambda: self._readable(running))
+        self._take_in(Running(number, manifest, child, time.time(), time.monotonic()))
 
     def attest(self, number: int) -> None:
         """Ask for an attestation; a newer request makes an older one's answer void."""
         running = self._running.get(number)
         if running is not None:
-            running.nonce = secrets.token_hex(16)
             if running.asked_at is None:
                 running.asked_at = time.monotonic()
+            if running.adopted:
+                return
+            running.nonce = secrets.token_hex(16)
             running.child.send({"type": "attest", "nonce": running.nonce})
+
+    def judged(self, number: int) -> None:
+        """Note that the code of an adopted generation can be compared now, and compare it."""
+        running = self._running.get(number)
+        if running is not None:
+            running.adopted = False
+            self.attest(number)
 
     def go(self, number: int) -> None:
         """Let the application start."""

@@ -195,6 +195,10 @@ class History:
         with self._lock:
             return list(itertools.islice(reversed(self._records), max(count, 0)))
 
+    def unwritten(self) -> tuple[Record, ...]:
+        """Return the records that the file lacks; only after the scribe is closed."""
+        return tuple(record for record in self._records if record.id not in self._saved)
+
     def close(self) -> None:
         """Have what is not yet written written, and the file closed; wait for it by closing the scribe."""
         self._scribe.submit(_WRITE, self._finish)

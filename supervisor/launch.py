@@ -72,6 +72,28 @@ class LaunchRequest:
     directory: Path | None = None
 
 
+@dataclass(frozen=True)
+class ChildEstate:
+    """A child as it is left to the next image of the supervisor.
+
+    Attributes:
+        channel: descriptor of the socket to it.
+        received: beginning of a frame whose end has not arrived.
+        unsent: what it had no room for.
+    """
+
+    pid: int
+    pidfd: int | None
+    channel: int
+    received: bytes
+    unsent: bytes
+
+    @property
+    def descriptors(self) -> list[int]:
+        """What has to stay open."""
+        return [self.channel, *([self.pidfd] if self.pidfd is not None else [])]
+
+
 @dataclass
 class Child:
     """A started process. Owned by the main loop; closed by :func:`reap`.
@@ -156,6 +178,20 @@ class Child:
         the application blocks or handles SIGABRT itself, or if it was stopped: kill it a moment later.
         """
         self.signal(signal.SIGABRT)
+
+    @property
+    def estate(self) -> ChildEstate:
+        """What is left to the next image of the supervisor."""
+        channel = self.channel.fileno()
+        return ChildEstate(self.pid, self.pidfd, channel, self._decoder.rest, bytes(self._unsent))
+
+    @classmethod
+    def adopt(cls, estate: ChildEstate) -> Child:
+        """Take over a child from the image of the supervisor that started it."""
+        channel = socket.socket(fileno=estate.channel)
+        channel.setblocking(False)
+        decoder = frames.Decoder(estate.received)
+        return cls(estate.pid, estate.pidfd, channel, decoder, bytearray(estate.unsent))
 
     def collect(self) -> int:
         """Take the exit status from the kernel, which frees the pid; blocks until the process has ended."""

@@ -77,11 +77,23 @@ class SupervisorMetrics:
 
     Args:
         registry: where they are registered.
+        carried: totals of an earlier image of the supervisor, which these go on from.
     """
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry, carried: Values | None = None) -> None:
+        self._counters: list[Counter] = []
+        self._histograms: list[_Carrying] = []
+
         def counter(name: str, text: str, labels: Sequence[str] = ()) -> Counter:
-            return Counter(f"wa_supervisor_{name}", text, labels, registry=registry)
+            made = Counter(f"wa_supervisor_{name}", text, labels, registry=registry)
+            self._counters.append(made)
+            return made
+
+        def histogram(name: str, text: str, labels: Sequence[str] = ()) -> Histogram:
+            made = Histogram(f"wa_supervisor_{name}", text, labels, registry=None, buckets=_BUCKETS)
+            self._histograms.append(_Carrying(made, carried or {}))
+            registry.register(self._histograms[-1])
+            return made
 
         def gauge(name: str, text: str, labels: Sequence[str] = ()) -> Gauge:
             return Gauge(f"wa_supervisor_{name}", text, labels, registry=registry)
@@ -92,20 +104,13 @@ class SupervisorMetrics:
         for outcome in get_args(Outcome):
             for trigger in TRIGGERS:
                 self.reloads.labels(outcome, trigger)
-        self.stage_seconds = Histogram(
-            "wa_supervisor_reload_stage_seconds",
-            "Time that each stage of a reload took.",
-            ("stage",),
-            registry=registry,
-            buckets=_BUCKETS,
+        self.stage_seconds = histogram(
+            "reload_stage_seconds", "Time that each stage of a reload took.", ("stage",)
         )
         for stage in STAGES:
             self.stage_seconds.labels(stage)
-        self.reload_seconds = Histogram(
-            "wa_supervisor_reload_seconds",
-            "Time from the first sign of a change to its outcome.",
-            registry=registry,
-            buckets=_BUCKETS,
+        self.reload_seconds = histogram(
+            "reload_seconds", "Time from the first sign of a change to its outcome."
         )
         self.in_sync = gauge("code_in_sync", "1 if the running code is the code on disk, attested; else 0.")
         self.converged_seconds = gauge(
@@ -143,9 +148,24 @@ class SupervisorMetrics:
         self.child_cpu = counter("child_cpu_seconds", "Processor time of all live children, user and system.")
         self.child_fds = gauge("child_open_fds", "Open file descriptors of the live child.")
         self.child_threads = gauge("child_threads", "Threads of the live child.")
+        self.self_outdated = gauge(
+            "self_outdated", "1 if the supervisor itself runs other code than its package on disk; else 0."
+        )
 
         self._code: tuple[str, str, str] | None = None
         self._followed: dict[Counter, int] = {}
+        for made in self._counters:
+            _carry(made, carried or {})
+
+    @property
+    def totals(self) -> Values:
+        """What all counters and histograms come to."""
+        return {
+            series: value
+            for collector in (*self._counters, *self._histograms)
+            for family in collector.collect()
+            for series, value in _values(family).items()
+        }
 
     def follow(self, counter: Counter, total: int) -> None:
         """Bring a counter up to a total that is counted elsewhere."""
@@ -180,17 +200,49 @@ class SupervisorMetrics:
             self.watch_mode.labels(known).set(known == mode)
 
 
+class _Carrying(Collector):
+    """A histogram that goes on from what an earlier image of the supervisor had observed."""
+
+    def __init__(self, histogram: Histogram, carried: Values) -> None:
+        self._histogram = histogram
+        self._carried = carried
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in self._histogram.collect():
+            family = Family(metric.name, metric.documentation, metric.type, _values(metric))
+            before = {series: value for series, value in self._carried.items() if series[0] in family.names}
+            yield _metric(family, added(family.values, before))
+
+
+def _carry(counter: Counter, carried: Values) -> None:
+    """Bring a counter to what an earlier image of the supervisor had counted."""
+    (described,) = counter.describe()
+    for (name, labels), value in carried.items():
+        if name == f"{described.name}_total":
+            (counter.labels(**dict(labels)) if labels else counter).inc(value)
+
+
+def _values(metric: Metric) -> Values:
+    """Return the samples of a metric that are totals."""
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for sample in metric.samples
+        if not sample.name.endswith("_created")
+    }
+
+
 class ProcessSampler:
     """Measures the live child from outside.
 
     Args:
         metrics: where the samples go.
+        counted: pid of a process and the seconds of processor time that are counted of it.
     """
 
-    def __init__(self, metrics: SupervisorMetrics) -> None:
+    def __init__(self, metrics: SupervisorMetrics, counted: tuple[int | None, float] = (None, 0.0)) -> None:
         self._metrics = metrics
         self._process: psutil.Process | None = None
-        self._cpu_seconds = 0.0
+        self.counted = counted
 
     def sample(self, pid: int | None) -> int | None:
         """Measure the process ``pid`` and return its resident memory in bytes.
@@ -198,7 +250,9 @@ class ProcessSampler:
         A reading that cannot be had is a missing sample (None), not a zero.
         """
         if self._process is None or self._process.pid != pid:
-            self._process, self._cpu_seconds = None, 0.0
+            self._process = None
+            if self.counted[0] != pid:
+                self.counted = pid, 0.0
             for gauge in (self._metrics.child_memory, self._metrics.child_fds, self._metrics.child_threads):
                 gauge.set(float("nan"))
         if pid is None:
@@ -217,13 +271,13 @@ class ProcessSampler:
         self._metrics.child_fds.set(fds)
         self._metrics.child_threads.set(threads)
         used = cpu.user + cpu.system
-        self._metrics.child_cpu.inc(max(0.0, used - self._cpu_seconds))
-        self._cpu_seconds = used
+        self._metrics.child_cpu.inc(max(0.0, used - self.counted[1]))
+        self.counted = pid, used
         return memory or None
 
 
 @dataclass(frozen=True, slots=True)
-class _Known:
+class Known:
     """Everything that is known of the children's series at one moment.
 
     Attributes:
@@ -250,10 +304,18 @@ class ChildMetrics(Collector):
 
     The main loop updates it; scrapes read it from other threads. All that is known is one value that is
     replaced whole, so that a scrape sees one state or the next and never half of a handover.
+
+    Args:
+        known: what an earlier image of the supervisor knew.
     """
 
-    def __init__(self) -> None:
-        self._known = _Known()
+    def __init__(self, known: Known | None = None) -> None:
+        self._known = known or Known()
+
+    @property
+    def known(self) -> Known:
+        """Everything that is known now."""
+        return self._known
 
     def update(self, generation: int, families: Iterable[object]) -> None:
         """Take what a child sent; families that are not of the agreed form, or ours, are left out."""

@@ -23,7 +23,7 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,19 +43,20 @@ class Notifier:
 
     Args:
         environment: where ``NOTIFY_SOCKET``, ``WATCHDOG_USEC`` and ``WATCHDOG_PID`` may stand.
+        owed: messages that a predecessor could not send.
 
     Attributes:
         errors_total: messages that were not taken when they were sent.
         watchdog_seconds: longest silence that the service manager allows; 0 for any.
     """
 
-    def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
+    def __init__(self, environment: Mapping[str, str] = os.environ, owed: Sequence[str] = ()) -> None:
         self.errors_total = 0
         name = environment.get("NOTIFY_SOCKET", "")
         self._address = f"\0{name[1:]}" if name.startswith("@") else name  # The abstract namespace, unix(7).
         self.watchdog_seconds = _watchdog_seconds(environment) if name else 0.0
         self._socket: socket.socket | None = None
-        self._owed: collections.deque[str] = collections.deque(maxlen=_MAX_OWED)
+        self._owed: collections.deque[str] = collections.deque(owed, maxlen=_MAX_OWED)
         self._last_status = ""
 
     def ready(self) -> None:
@@ -80,6 +81,11 @@ class Notifier:
         line = _one_line(text)
         if line != self._last_status and self._settle() and self._send(f"STATUS={line}"):
             self._last_status = line
+
+    @property
+    def owed(self) -> tuple[str, ...]:
+        """What the service manager has not taken yet."""
+        return tuple(self._owed)
 
     def close(self) -> None:
         """Let go of the socket; a later message opens it again."""
@@ -164,14 +170,18 @@ class NotifySocket:
 
     Args:
         path: is replaced if it exists.
+        descriptor: of the socket that a predecessor has bound to it; None for a new one.
 
     Raises:
         UsageError: there can be no socket of this name.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, descriptor: int | None = None) -> None:
         check_socket_path(path)
         self.path = path
+        if descriptor is not None:
+            self._socket = socket.socket(fileno=descriptor)
+            return
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         try:
             if sys.platform == "linux":
@@ -203,6 +213,10 @@ class NotifySocket:
             if not flags & socket.MSG_TRUNC:
                 messages.append(Datagram(_sender(ancillary), _assignments(data)))
         return messages
+
+    def let_go(self) -> None:
+        """Leave the socket open for another image of the supervisor; this object is of no more use."""
+        self._socket.detach()
 
     def close(self) -> None:
         """Close the socket and remove its file."""

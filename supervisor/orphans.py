@@ -124,23 +124,34 @@ class Lineages:
     """All generations that have a process, and who descends from whom.
 
     To be made before the first child is started: children that are there already belong to nobody's
-    generation, unless they are added as one (as after a replacement of the supervisor's own program).
+    generation.
 
     Args:
         notify_socket: that the environment of every generation names.
+        bystanders: pids of the children that belong to nobody's generation, where that was found out before
+            any was started (by an earlier image of the supervisor); None for all that are there.
     """
 
-    def __init__(self, notify_socket: Path) -> None:
+    def __init__(self, notify_socket: Path, bystanders: Collection[int] | None = None) -> None:
         self._notify_socket = os.fsencode(notify_socket)
         self._generations: dict[int, _Lineage] = {}
-        found = map(processes.read, processes.children(os.getpid()))
+        here = processes.children(os.getpid())
+        found = map(processes.read, here if bystanders is None else set(bystanders).intersection(here))
         self._bystanders = {process.pid: _Lineage(None, process) for process in found if process is not None}
 
-    def add(self, number: int, pid: int) -> None:
-        """Take up a generation whose main process was started."""
+    @property
+    def bystanders(self) -> tuple[int, ...]:
+        """Pids of the children that were there before any generation."""
+        return tuple(self._bystanders)
+
+    def seen(self, number: int) -> frozenset[tuple[int, int]]:
+        """Return the keys of the descendants of a main process, as far as they were met."""
+        return frozenset(self._generations[number].seen)
+
+    def add(self, number: int, pid: int, seen: Collection[tuple[int, int]] = ()) -> None:
+        """Take up a generation whose main process was started, with the descendants met so far."""
         main = processes.read(pid) or Process(pid, "", "", os.getpid(), pid, 0, 0)
-        self._bystanders.pop(pid, None)
-        self._generations[number] = _Lineage(number, main)
+        self._generations[number] = _Lineage(number, main, set(seen))
 
     def look(self, number: int) -> None:
         """Remember who descends from a main process now; once it has ended, nothing else may tell.

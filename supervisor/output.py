@@ -67,6 +67,48 @@ class Pipes(NamedTuple):
     stderr: int
 
 
+@dataclass(frozen=True)
+class SourceEstate:
+    """A pipe of a generation as it is left to the next image of the supervisor; see :class:`_Source`.
+
+    Attributes:
+        stderr: it is the generation's stderr, else its stdout.
+        in_a_line: what was queued last is an unfinished line of it.
+        silent_seconds: since the last read.
+    """
+
+    number: int
+    descriptor: int
+    stderr: bool
+    last_lines: tuple[bytes, ...] | None
+    partial: bytes
+    shown: int
+    in_a_line: bool
+    silent_seconds: float
+    forgotten: bool
+
+
+@dataclass(frozen=True)
+class OutputEstate:
+    """What is on its way, as it is left to the next image of the supervisor.
+
+    Attributes:
+        stdout, stderr: what waits for these descriptors; all of it in ``stderr`` where they are one file.
+        own: lines of the supervisor's own log that are not queued yet.
+        kept: lines on their way to the file.
+        sources: the pipes.
+    """
+
+    stdout: bytes
+    stderr: bytes
+    own: tuple[bytes, ...]
+    kept: bytes
+    sources: tuple[SourceEstate, ...]
+    errors_total: int
+    own_lines_lost_total: int
+    unpassed_bytes_total: int
+
+
 class Output:
     """Passes output on until it is closed; its thread starts with it.
 
@@ -74,6 +116,7 @@ class Output:
         log_file: of the children's lines.
         stdout: descriptor that the children's stdout is passed on to.
         stderr: the same for their stderr, and for the supervisor's own log.
+        estate: what another image of the supervisor has left.
 
     Attributes:
         errors_total: writes that a descriptor or the log file refused.
@@ -81,7 +124,9 @@ class Output:
         own_lines_lost_total: lines of the supervisor's own log that there was no room for.
     """
 
-    def __init__(self, log_file: Path, stdout: int = 1, stderr: int = 2) -> None:
+    def __init__(
+        self, log_file: Path, stdout: int = 1, stderr: int = 2, estate: OutputEstate | None = None
+    ) -> None:
         self.errors_total = 0
         self.own_lines_lost_total = 0
         self._own_lines_lost_told = 0
@@ -97,7 +142,10 @@ class Output:
         self._sources: list[_Source] = []
         self._stderr_of: dict[int, _Source] = {}
         self._close_at: float | None = None
+        self._stopping = False
         self._ended = False
+        if estate is not None:
+            self._adopt(estate)
         self._wake_reader, self._wake_writer = os.pipe()
         os.set_blocking(self._wake_reader, False)
         os.set_blocking(self._wake_writer, False)
@@ -128,7 +176,8 @@ class Output:
             unused.pop_all()
             os.set_blocking(stdout_reader, False)
             os.set_blocking(stderr_reader, False)
-            source = _Source(number, stderr_reader, self._stderr_sink, collections.deque(maxlen=_TAIL_LINES))
+            last_lines: collections.deque[bytes] = collections.deque(maxlen=_TAIL_LINES)
+            source = _Source(number, stderr_reader, self._stderr_sink, last_lines, stderr=True)
             with self._lock:
                 self._sources += [_Source(number, stdout_reader, self._stdout_sink, None), source]
                 self._stderr_of[number] = source
@@ -186,6 +235,82 @@ class Output:
         self._wake()
         self._thread.join(timeout_seconds + _SILENCE_SECONDS)
 
+    def stop(self, timeout_seconds: float = 2.0) -> bool:
+        """End the thread for another image of the supervisor; nothing is passed on or lost from then on.
+
+        Args:
+            timeout_seconds: the longest it takes.
+
+        Returns:
+            Whether it has ended; if not, everything goes on as before.
+        """
+        with self._lock:
+            self._stopping = True
+        self._wake()
+        self._thread.join(timeout_seconds)
+        with self._lock:
+            self._stopping = self._ended
+            return self._ended
+
+    @property
+    def estate(self) -> OutputEstate:
+        """What is left to the next image of the supervisor; for good only after :meth:`stop`."""
+        with self._lock:
+            return OutputEstate(
+                stdout=self._stdout_sink.rest if self._stdout_sink is not self._stderr_sink else b"",
+                stderr=self._stderr_sink.rest,
+                own=tuple(self._own),
+                kept=bytes(self._kept),
+                sources=tuple(self._left(source) for source in self._sources),
+                errors_total=self.errors_total,
+                own_lines_lost_total=self.own_lines_lost_total,
+                unpassed_bytes_total=self.unpassed_bytes_total,
+            )
+
+    def _left(self, source: _Source) -> SourceEstate:
+        return SourceEstate(
+            number=source.number,
+            descriptor=source.descriptor,
+            stderr=source.stderr,
+            last_lines=tuple(source.last_lines) if source.last_lines is not None else None,
+            partial=source.partial,
+            shown=source.shown,
+            in_a_line=source.sink.is_in_a_line_of(source),
+            silent_seconds=time.monotonic() - source.heard_at,
+            forgotten=source.forgotten,
+        )
+
+    def _adopt(self, estate: OutputEstate) -> None:
+        self.errors_total = estate.errors_total
+        self.own_lines_lost_total = self._own_lines_lost_told = estate.own_lines_lost_total
+        self._stderr_sink.unpassed_bytes = estate.unpassed_bytes_total
+        self._stdout_sink.put(self, estate.stdout)
+        self._stderr_sink.put(self, estate.stderr)
+        self._own.extend(estate.own)
+        self._kept += estate.kept
+        for left in estate.sources:
+            last_lines = (
+                collections.deque(left.last_lines, maxlen=_TAIL_LINES)
+                if left.last_lines is not None
+                else None
+            )
+            source = _Source(
+                left.number,
+                left.descriptor,
+                self._stderr_sink if left.stderr else self._stdout_sink,
+                last_lines,
+                stderr=left.stderr,
+                partial=left.partial,
+                shown=left.shown,
+                heard_at=time.monotonic() - left.silent_seconds,
+                forgotten=left.forgotten,
+            )
+            self._sources.append(source)
+            if left.in_a_line:
+                source.sink.goes_on_with(source)
+            if left.stderr and not left.forgotten:
+                self._stderr_of[left.number] = source
+
     def _say(self, line: bytes) -> None:
         if len(self._own) >= _OWN_LINES:
             self.own_lines_lost_total += 1  # logging calls its handlers one at a time.
@@ -242,18 +367,26 @@ class Output:
             while self._turn():
                 pass
         finally:
-            self._end_all()
-            self._write_file()
-            with self._lock:
-                self._ended = True
-                os.close(self._wake_reader)
-                os.close(self._wake_writer)
+            if not self._ended:
+                self._end_all()
+                self._write_file()
+                with self._lock:
+                    self._end_thread()
+
+    def _end_thread(self) -> None:
+        """Note, under the lock, that nothing is written any more."""
+        self._ended = True
+        os.close(self._wake_reader)
+        os.close(self._wake_writer)
 
     def _turn(self) -> bool:
         """Wait, read, write; return whether there is to be another turn."""
         now = time.monotonic()
         with self._lock:
             close_at = self._close_at
+            if self._stopping:
+                self._end_thread()
+                return False
             if close_at is not None and now >= close_at:
                 return False
             self._queue_own()
@@ -359,6 +492,17 @@ class _Sink:
     def has_room(self) -> bool:
         return self._queued_bytes < _ROOM_BYTES
 
+    @property
+    def rest(self) -> bytes:
+        return b"".join(self.queue)
+
+    def is_in_a_line_of(self, source: object) -> bool:
+        return self._in_a_line is source
+
+    def goes_on_with(self, source: object) -> None:
+        """Take what is queued for the beginning of a line of this source."""
+        self._in_a_line = source
+
     def put(self, source: object, data: bytes) -> None:
         """Queue what a source wrote, on a line of its own."""
         if self._queued_bytes >= _MOST_BYTES:
@@ -388,6 +532,7 @@ class _Source:
         heard_at: monotonic time of the last read.
         forgotten: its generation was reaped.
         ended: the descriptor is closed.
+        stderr: it is the generation's stderr, else its stdout.
     """
 
     number: int
@@ -399,6 +544,7 @@ class _Source:
     heard_at: float = 0.0
     forgotten: bool = False
     ended: bool = False
+    stderr: bool = False
 
 
 class _Handler(logging.Handler):

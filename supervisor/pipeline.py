@@ -620,6 +620,10 @@ class Pipeline:
         needed = {digest for manifest in keep for digest in manifest.sources.values()}
         self.prints = {digest: prints for digest, prints in self.prints.items() if digest in needed}
 
+    def leave(self) -> None:
+        """Let go of a tree that is at rest: another image of the supervisor looks at it anew."""
+        self._compiler.close()
+
     def close(self) -> None:
         """Stop what is under way; its reloads end, and who asked for them hears it."""
         why = "by the operator's stop"

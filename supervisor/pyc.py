@@ -61,6 +61,11 @@ def is_trusted(header: bytes, path: str, source: bytes) -> bool:
     return flags == _UNCHECKED_HASH or (flags == _CHECKED_HASH and header[8:16] == source_hash(source))
 
 
+def is_compared(header: bytes) -> bool:
+    """Whether the importer compares what follows this header with the source itself, each time."""
+    return int.from_bytes(header[4:8], "little") == _CHECKED_HASH
+
+
 def read(path: str) -> bytes | None:
     """Return the bytes of a regular file; None for anything else, without ever waiting."""
     try:

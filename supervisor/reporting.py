@@ -9,10 +9,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
+
+from prometheus_client import CollectorRegistry
 
 from supervisor.bytecode import BytecodeReport, shorten
 from supervisor.events import Promoted, Restarting
+from supervisor.families import Values
 from supervisor.fleet import Running
 from supervisor.lifecycle import State
 from supervisor.metrics import ProcessSampler, SupervisorMetrics
@@ -26,27 +30,53 @@ _SHORT_DIGEST = 12
 _SHOWN_PATHS = 100
 
 
+@dataclass(frozen=True)
+class ReportingEstate:
+    """What was told, as it is left to the next image of the supervisor.
+
+    Attributes:
+        totals: of the supervisor's own series.
+        counted: pid of the live child and its processor time that is in them, in seconds.
+        down_since: monotonic time since when nobody serves, None if somebody does.
+        ended: see :class:`Reporting`.
+    """
+
+    totals: Values = field(default_factory=dict)
+    counted: tuple[int | None, float] = (None, 0.0)
+    down_since: float | None = None
+    ended: str | None = None
+
+
 class Reporting:
     """What is known from outside about one supervisor.
 
     Args:
-        metrics: the supervisor's own series.
+        registry: where the supervisor's own series are registered.
         notifier: towards the service manager.
+        estate: what another image of the supervisor has left.
     """
 
-    def __init__(self, metrics: SupervisorMetrics, notifier: Notifier) -> None:
-        self._metrics = metrics
+    def __init__(
+        self, registry: CollectorRegistry, notifier: Notifier, estate: ReportingEstate | None = None
+    ) -> None:
+        estate = estate or ReportingEstate()
+        self._metrics = metrics = SupervisorMetrics(registry, estate.totals)
         self._notifier = notifier
-        self._sampler = ProcessSampler(metrics)
+        self._sampler = ProcessSampler(metrics, estate.counted)
         self._last_reload: Reload | None = None
         self._purged: Sequence[str] = ()
         self._stale: Sequence[str] = ()
         self._unwritable: frozenset[str] = frozenset()
         self._setting_problem: str | None = None
-        self.ended: str | None = None
+        self.ended = estate.ended
         """One sentence about the last live child that is started again, or replaced, because of a fault."""
         self._in_sync_since: float | None = None
-        self._down_since: float | None = None
+        self._down_since = estate.down_since
+
+    @property
+    def estate(self) -> ReportingEstate:
+        """What is left to the next image of the supervisor."""
+        return ReportingEstate(self._metrics.totals, self._sampler.counted, self._down_since, self.ended)
 
     def reload(self, reload: Reload) -> None:
         """Tell of a reload that has its outcome."""
@@ -136,6 +166,7 @@ class Reporting:
         quarantine: Sequence[Mapping[str, Any]],
         converge_seconds: float,
         problems: Sequence[str],
+        own: Mapping[str, Any],
     ) -> dict[str, Any]:
         """Bring metrics and the service manager's status line up to date and return the status document.
 
@@ -147,6 +178,7 @@ class Reporting:
             self._in_sync_since = now
         self._set_gauges(live, watch, now)
         self._metrics.set_code_info(live.manifest.digest if live else None, commit, dirty=dirty)
+        self._metrics.self_outdated.set(own["outdated"])
         shown = (
             f"generation {live.number}, tree {live.manifest.digest[:_SHORT_DIGEST]}"
             if live
@@ -176,6 +208,7 @@ class Reporting:
                 "purged": self._purged[:_SHOWN_PATHS],
                 "purged_total": len(self._purged),
             },
+            own=own,
         )
 
     def _set_gauges(self, live: Running | None, watch: Mapping[str, Any], now: float) -> None:

@@ -5,7 +5,8 @@ in this loop; each becomes an event of the pipeline or of the lifecycle, whose a
 the next one is looked at. Other threads (the watcher's, HTTP's) only hand something over or read what was
 published.
 
-Signals: SIGHUP reloads, SIGTERM and SIGINT stop. Handlers do nothing; the wake-up descriptor brings the
+Signals: SIGHUP reloads, SIGUSR2 replaces this program by the one on disk (:mod:`supervisor.reexec`), SIGTERM
+and SIGINT stop. Handlers do nothing; the wake-up descriptor brings the
 number to the loop. What may stall is waited for in threads: a terminal in :mod:`supervisor.output`, the disk
 in :mod:`supervisor.scribe`.
 
@@ -16,6 +17,7 @@ have changed).
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 import os
 import selectors
@@ -36,18 +38,19 @@ from supervisor.commands import Commands
 from supervisor.configuration import Configuration
 from supervisor.control import Client, ControlServer
 from supervisor.dirty import Dirty
-from supervisor.errors import BlobError, UsageError
+from supervisor.errors import BlobError, SupervisorError, UsageError
 from supervisor.events import AUTOMATIC_TRIGGERS, Action, Reason
 from supervisor.fleet import Fleet, Running
-from supervisor.history import History
+from supervisor.history import History, Record
 from supervisor.lifecycle import Stage
 from supervisor.logfile import CHILD_LOG
 from supervisor.manifest import Manifest
-from supervisor.metrics import ChildMetrics, SupervisorMetrics, registry
+from supervisor.metrics import ChildMetrics, registry
 from supervisor.notify import Notifier, NotifySocket
 from supervisor.output import Output
 from supervisor.pipeline import Pipeline
 from supervisor.processes import Identity
+from supervisor.reexec import SIGNALS, Estate, Lived, RefusedError
 from supervisor.reload import Reload
 from supervisor.remembered import RecordedProcess, Remembered
 from supervisor.reporting import Reporting
@@ -56,6 +59,7 @@ from supervisor.settings import Settings
 from supervisor.settling import MAX_SETTLE_SECONDS
 from supervisor.starting import Starter
 from supervisor.status import in_sync_problem
+from supervisor.succession import Succession
 from supervisor.watch import Watcher
 from supervisor.web import WebServer
 
@@ -69,7 +73,6 @@ _SCANS_SHARE = 200
 """A scan is followed by a pause this many times as long: it takes half a percent of a core at most."""
 _OVERSLEPT_SECONDS = 1.0
 _CLOSE_SECONDS = 2.0
-_SIGNALS = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
 
 
 class Service:
@@ -80,6 +83,7 @@ class Service:
         output: takes what children write, and our own log.
         reread: returns the settings as they are now; raises UsageError.
         inherited: the environment to pass on to children.
+        estate: what another image of this supervisor has left; None at its start.
 
     Raises:
         SupervisorError: it cannot start; nothing was started.
@@ -91,6 +95,7 @@ class Service:
         output: Output,
         reread: Callable[[], Settings],
         inherited: Mapping[str, str] = os.environ,
+        estate: Estate | None = None,
     ) -> None:
         inherited = dict(inherited)
         notify_path = settings.runtime_dir / "notify.sock"
@@ -100,19 +105,22 @@ class Service:
         for end in (self._wake_reader, self._wake_writer):
             end.setblocking(False)
         self._selector.register(self._wake_reader, selectors.EVENT_READ, self._woken)
-        self._control = ControlServer(settings.runtime_dir, self._selector, self._command)
-        self._notify_socket = NotifySocket(notify_path)
+        self._output = output
+        self._control = ControlServer(
+            settings.runtime_dir, self._selector, self._command, estate.control if estate else None
+        )
+        self._notify_socket = NotifySocket(notify_path, estate.notify_socket if estate else None)
         self._selector.register(self._notify_socket, selectors.EVENT_READ, self._notified)
-        self._state_lock = lock.take(settings.state_dir, "--state-dir")
+        self._state_lock = estate.state_lock if estate else lock.take(settings.state_dir, "--state-dir")
         self._blobs = _open_blobs(settings.state_dir)
         self._checkout = Checkout(settings.tree)
         self._dirty = Dirty(self._selector, inherited)
         self._watcher = Watcher(settings.tree, self._wake, settings.runtime_dir / "watch")
-        self._notifier = Notifier(inherited)
+        self._notifier = Notifier(inherited, estate.owed if estate else ())
         metrics_registry = registry()
-        self._child_metrics = ChildMetrics()
+        self._child_metrics = ChildMetrics(estate.child_metrics if estate else None)
         metrics_registry.register(self._child_metrics)
-        self._reporting = Reporting(SupervisorMetrics(metrics_registry), self._notifier)
+        self._reporting = Reporting(metrics_registry, self._notifier, estate.reporting if estate else None)
         self._scribe = Scribe()
         self._history = History(settings.state_dir / "history.db", self._scribe)
         self._pipeline = Pipeline(
@@ -140,6 +148,7 @@ class Service:
             happened=self.happened,
             metrics=self._child_metrics.update,
             suspected=self._suspected,
+            estate=estate.fleet if estate else None,
         )
         self._chronicle = Chronicle(
             settings.state_dir / "state.json", self._history, self._scribe, self._fleet
@@ -159,9 +168,16 @@ class Service:
             blobs=self._blobs,
             selector=self._selector,
             happened=self.happened,
+            later=self.later,
+        )
+        self._succession = Succession(
+            self,
+            estate,
+            scratch=settings.runtime_dir,
+            environment=inherited,
+            selector=self._selector,
         )
         self._manifests: dict[str, Manifest] = {}
-        self._state = self._recall()
         self._events: collections.deque[tuple[events.Event, Reload | None]] = collections.deque()
         self._held: list[events.Attested | events.Exited] = []
         """What candidates at their gates have shown while the tree had not come to rest."""
@@ -177,7 +193,11 @@ class Service:
         self._git_facts: dict[str, Any] | None = None
         self._turned_at = time.monotonic()
         self._status: dict[str, Any] = {}
-        self._web = WebServer(settings.listen, metrics_registry, self._published)
+        self._estate = estate
+        self._state = self._adopt(estate) if estate is not None else self._recall()
+        self._web = WebServer(
+            settings.listen, metrics_registry, self._published, estate.web if estate else None
+        )
 
     @property
     def _settings(self) -> Settings:
@@ -213,24 +233,37 @@ class Service:
 
     # --- the loop -----------------------------------------------------------------------------------------
 
-    def run(self) -> int:
-        """Serve until the operator stops it; return the exit status."""
+    def run(self) -> int | Estate:
+        """Serve until the operator stops it; return the exit status.
+
+        Or until it is to be replaced: then nothing is ended, and what is returned is for another image.
+        """
         orphans.become_subreaper()
-        previous = {number: signal.signal(number, _ignore_here) for number in _SIGNALS}
+        previous = {number: signal.signal(number, _ignore_here) for number in SIGNALS}
         wakeup = signal.set_wakeup_fd(self._wake_writer.fileno(), warn_on_full_buffer=False)
+        if self._estate is not None:
+            self._succeed(self._estate)
         try:
             self._watcher.start()
             log.info("watching %s (%s)", ", ".join(self._settings.tree.roots), self._watcher.health.mode)
             log.info("status at http://%s/status.json, metrics at /metrics", self._web.address)
             self._pipeline.ask("start", time.monotonic())
-            while not self._state.finished:
+            self._publish(time.monotonic())
+            self._web.start()
+            while not self._state.finished and not self._succession.due:
                 self._turn()
         finally:
-            self._notifier.stopping()
+            if self._succession.due:
+                signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            else:
+                self._notifier.stopping()
             signal.set_wakeup_fd(wakeup)
             for number, handler in previous.items():
                 signal.signal(number, handler)
-            self._close()
+            if not self._succession.due:
+                self._close()
+        if self._succession.due:
+            return self._leave()
         log.info("stopped")
         return 0
 
@@ -275,12 +308,18 @@ class Service:
             self._housekeep(now)
         if self._changed:
             self._publish(now)
+        self._succession.advance(now)
 
     def _timeout(self) -> float:
         if self._events:
             return 0.0
         now = time.monotonic()
-        times = [self._housekeeping_at, self._state.deadline(), self._pipeline.deadline()]
+        times = [
+            self._housekeeping_at,
+            self._state.deadline(),
+            self._pipeline.deadline(),
+            self._succession.deadline,
+        ]
         times += [self._fleet.deadline(now), *(at for at, _ in self._timers)]
         if self._held and not self._pipeline.busy:
             times.append(now + _GATE_LOOK_SECONDS)
@@ -308,6 +347,12 @@ class Service:
                 log.warning("nothing was reloaded: %s", error)
                 self._notify_reloading()
                 self._notify_reloaded()
+        if signal.SIGUSR2 in numbers:
+            log.info("SIGUSR2: replace the supervisor in place")
+            try:
+                self.ask_reexec()
+            except SupervisorError as error:
+                log.warning("the supervisor was not replaced: %s", error)
         if numbers & {signal.SIGTERM, signal.SIGINT}:
             log.info("stop, by signal")
             self.happened(events.StopRequested())
@@ -327,6 +372,7 @@ class Service:
             costly = self._pipeline.scan_seconds * _SCANS_SHARE
             self._scan_at = now + max(self._settings.scan_interval_seconds, costly)
             self._read_environment_again()
+            self._succession.look()
             if self._state.live is not None and self._state.candidate is None and self._state.retry is None:
                 self._pipeline.reconsider(now, self._state.live.tree)
         live = self.live
@@ -415,7 +461,7 @@ class Service:
 
     def _helpers(self) -> Collection[int]:
         waiting = [job.pid for job in self._starter.jobs if job.pid is not None]
-        return [*waiting, *self._pipeline.helpers, *self._dirty.pids]
+        return [*waiting, *self._pipeline.helpers, *self._dirty.pids, *self._succession.pids]
 
     def _follow_git(self, now: float) -> None:
         """Bring git's facts up to date."""
@@ -502,6 +548,8 @@ class Service:
             event, self._launching = self._events.popleft()
             now = time.monotonic()
             self._time_stage(event, now)
+            if isinstance(event, events.StopRequested):
+                self._succession.refuse("the supervisor stops")
             self._state, actions = lifecycle.step(self._configuration.policy, self._state, event, now)
             for action in actions:
                 self._act(action, now)
@@ -699,6 +747,128 @@ class Service:
         serving = any(running is not None and not running.over for running in processes)
         self._reporting.serving(now, serving=serving, ever=self._last_live > 0)
 
+    # --- replacing this program in place ------------------------------------------------------------------
+
+    def ask_reexec(self, client: Client | None = None) -> None:
+        """Have this program replaced by the one on disk; raises SupervisorError if it cannot be."""
+        if self._state.stopping:
+            raise RefusedError("the supervisor stops")
+        self._succession.ask(client)
+
+    def check_settings(self) -> None:
+        """Raise UsageError if the settings as they are now need a new start of the supervisor."""
+        self._configuration.check()
+
+    def busy_with(self) -> str | None:
+        """Return what must not be interrupted by a replacement, None if there is nothing."""
+        state = self._state
+        if state.candidate is not None:
+            return f"generation {state.candidate.number} is being started"
+        if state.draining or (state.live is not None and state.live.killed_for is not None):
+            return "a generation is being stopped"
+        if self._pipeline.busy or self._starter.jobs:
+            return "a change of the tree is being looked at"
+        live = state.live.number if state.live is not None else None
+        if self._events or self._commands.busy or any(number != live for number in self._fleet.numbers):
+            return "something is being waited for"
+        return None
+
+    def stop_writing(self) -> None:
+        """Bring to rest what could stall, while there is a way back.
+
+        Raises:
+            RefusedError: it stalls.
+        """
+        if not self._scribe.flush(_CLOSE_SECONDS):
+            raise RefusedError("the state directory does not take what is to be written")
+        if not self._output.stop():
+            raise RefusedError("the log file of the children does not take what is to be written")
+
+    def describe(self, listener: int = -1, unwritten: tuple[Record, ...] = ()) -> Estate:
+        """Return what this image would leave to the next one now.
+
+        Args:
+            listener: descriptor of HTTP's socket, once that is let go.
+            unwritten: records that the disk has not taken, once that is known.
+        """
+        state, lived = self._state, self._lived
+        return Estate(
+            image=self._succession.next_image,
+            began_ns=time.time_ns(),
+            left_at=time.monotonic(),
+            uid=self._succession.uid,
+            asked=self._succession.asked,
+            state=state,
+            last_live=self._last_live,
+            lived=Lived(lived.tree, lived.paths, lived.previous_tree),
+            manifests=tuple(self._manifests[tree] for tree in state.trees if tree in self._manifests),
+            heads=self._checkout.heads,
+            unwritten=unwritten,
+            owed=self._notifier.owed,
+            web=listener,
+            notify_socket=self._notify_socket.fileno(),
+            state_lock=self._state_lock,
+            configuration=self._configuration.estate(state.live.number if state.live else None),
+            fleet=self._fleet.estate,
+            control=self._control.estate,
+            output=self._output.estate,
+            reporting=self._reporting.estate,
+            child_metrics=self._child_metrics.known,
+        )
+
+    def _leave(self) -> Estate:
+        """Let go of everything without ending it, and return it. Nothing is logged behind the estate."""
+        self._keep_signals()
+        self._notifier.alive()
+        self._pipeline.leave()
+        self._dirty.close()
+        # Whatever else is a child of this image alone is ended here: the next one adopts generations only.
+        self._watcher.close()
+        listener = self._web.leave()
+        self._history.close()
+        unwritten = self._history.unwritten() if self._scribe.close(_CLOSE_SECONDS) else ()
+        estate = self.describe(listener, unwritten)
+        self._notifier.close()
+        self._fleet.let_go()
+        self._control.let_go()
+        self._notify_socket.let_go()
+        self._selector.close()
+        self._wake_reader.close()
+        self._wake_writer.close()
+        return estate
+
+    def _keep_signals(self) -> None:
+        """Send ourselves again what has arrived and was not looked at: blocked as it is, it stays pending."""
+        with contextlib.suppress(BlockingIOError):
+            for number in SIGNALS.intersection(self._wake_reader.recv(4096)):
+                os.kill(os.getpid(), number)
+
+    def _adopt(self, estate: Estate) -> lifecycle.State:
+        """Go on from where another image of this supervisor has left off."""
+        self._last_live = estate.last_live
+        self._manifests = {found.digest: found for found in estate.manifests}
+        lived = self._lived
+        lived.tree, lived.paths = estate.lived.tree, estate.lived.paths
+        lived.previous_tree = estate.lived.previous_tree
+        self._checkout.heads.update(estate.heads)
+        self._pipeline.paused = estate.state.paused
+        if estate.state.live is not None:
+            self._configuration.adopt(estate.state.live.number, estate.configuration)
+        self._chronicle.recall()
+        for record in estate.unwritten:
+            self._history.add(record)
+        return estate.state
+
+    def _succeed(self, estate: Estate) -> None:
+        """Begin as another image than the first: prove anew what runs, and tell those who have asked."""
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        now = time.monotonic()
+        self._events.append((events.Slept(now - estate.left_at), None))
+        for running in estate.fleet.running:
+            self._starter.judge(running.number, running.manifest, now)
+        if self._succession.succeeded(estate, self._control.waiting(estate.asked)):
+            self._chronicle.operator("reexec", estate.uid)
+
     # --- commands -----------------------------------------------------------------------------------------
 
     def _command(self, client: Client, request: dict[str, Any]) -> None:
@@ -755,6 +925,7 @@ class Service:
             + self._settings.ready_timeout_seconds
             + self._settings.stop_timeout_seconds,
             problems=(*self._scribe.problems, *self._checkout.problems),
+            own=self._succession.as_json,
         )
 
     def _published(self) -> Mapping[str, Any]:

@@ -29,13 +29,16 @@ log = logging.getLogger("wa-supervisor")
 _PASSING_ERRORS = frozenset({errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 """Of the machine, not of what was to be started."""
 
+_TRY_AGAIN_SECONDS = 5.0
+
 
 @dataclass(frozen=True)
 class _Waiting:
-    """A generation that waits for the prints of its code."""
+    """A generation that waits for the prints of its code; an adopted one has its process already."""
 
     manifest: Manifest
     job: CompileJob
+    adopted: bool = False
 
 
 class Starter:
@@ -47,6 +50,7 @@ class Starter:
         blobs: where the sources are kept.
         selector: the main loop's.
         happened: takes an event of the lifecycle.
+        later: has the loop call back after so many seconds.
     """
 
     def __init__(
@@ -57,12 +61,14 @@ class Starter:
         blobs: BlobStore,
         selector: selectors.BaseSelector,
         happened: Callable[[events.Event], None],
+        later: Callable[[float, Callable[[], None]], None],
     ) -> None:
         self._fleet = fleet
         self._pipeline = pipeline
         self._blobs = blobs
         self._selector = selector
         self._happened = happened
+        self._later = later
         self._waiting: dict[int, _Waiting] = {}
 
     @property
@@ -81,9 +87,17 @@ class Starter:
         if self._pipeline.knows_prints_of(manifest):
             self._launch(number, manifest)
         else:
-            job = self._pipeline.judge(manifest, now)
-            self._waiting[number] = _Waiting(manifest, job)
-            self._selector.register(job, selectors.EVENT_READ, lambda: None)
+            self._wait(number, manifest, now)
+
+    def judge(self, number: int, manifest: Manifest, now: float) -> None:
+        """Have an adopted generation attested, as soon as its code can be judged.
+
+        Args:
+            number: of the generation.
+            manifest: what it runs.
+            now: monotonic time.
+        """
+        self._wait(number, manifest, now, adopted=True)
 
     def collect(self, now: float, patience_seconds: float) -> None:
         """Start those whose prints have arrived.
@@ -99,19 +113,23 @@ class Starter:
             else:
                 report = waiting.job.read()
                 if report is None:
-                    self._happened(events.Beat(number, patience_seconds))
+                    if not waiting.adopted:
+                        self._happened(events.Beat(number, patience_seconds))
                     continue
             self._forget(number)
-            if report is not None and report.error is None:
+            why = report.error if report is not None else "compiling it took too long"
+            if report is not None and why is None:
                 self._pipeline.take_prints(waiting.manifest, report)
+            if waiting.adopted:
+                self._judged(number, waiting.manifest, why)
+            elif why is None:
                 self._launch(number, waiting.manifest)
             else:
-                why = report.error if report is not None else "compiling it took too long"
                 self._happened(events.Exited(number, "no process", why))
 
     def cancel(self, number: int) -> None:
         """End a generation that still waits; one that has its process is not concerned."""
-        if number in self._waiting:
+        if number in self._waiting and not self._waiting[number].adopted:
             self._waiting[number].job.cancel()
             self._forget(number)
             self._happened(events.Exited(number, "no process"))
@@ -120,6 +138,23 @@ class Starter:
         """Cancel the helpers that run."""
         for job in self.jobs:
             job.cancel()
+
+    def _wait(self, number: int, manifest: Manifest, now: float, *, adopted: bool = False) -> None:
+        job = self._pipeline.judge(manifest, now)
+        self._waiting[number] = _Waiting(manifest, job, adopted)
+        self._selector.register(job, selectors.EVENT_READ, lambda: None)
+
+    def _judged(self, number: int, manifest: Manifest, why_not: str | None) -> None:
+        """Have an adopted generation attested, or try again in a while: it serves meanwhile, unproven."""
+        if why_not is None:
+            self._fleet.judged(number)
+        else:
+            log.error("the code of generation %d cannot be judged: %s; trying again", number, why_not)
+            self._later(_TRY_AGAIN_SECONDS, lambda: self._judge_again(number, manifest))
+
+    def _judge_again(self, number: int, manifest: Manifest) -> None:
+        if self._fleet.get(number) is not None:
+            self.judge(number, manifest, time.monotonic())
 
     def _forget(self, number: int) -> None:
         self._selector.unregister(self._waiting.pop(number).job)

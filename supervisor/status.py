@@ -82,6 +82,7 @@ def status_document(
     converge_seconds: float,
     problems: Sequence[str],
     bytecode: Mapping[str, Any],
+    own: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return the document of ``status --json``."""
     candidate = state.candidate
@@ -116,6 +117,7 @@ def status_document(
         "watch": dict(watch),
         "git": git,
         "bytecode": dict(bytecode),
+        "self": dict(own),
     }
 
 

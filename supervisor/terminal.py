@@ -143,6 +143,9 @@ def _status_rows(document: dict[str, Any]) -> list[tuple[str, str]]:
         ("quarantine", escape(f"tree {fault['tree'][:_SHORT_DIGEST]}: {fault['detail']}"))
         for fault in document["quarantine"]
     ]
+    own = document.get("self")  # A supervisor that has not been updated yet does not know it.
+    if own and own["outdated"]:
+        rows.append(("supervisor", f"[yellow]outdated[/]: {escape(own['reason'])}; `wa-supervisor reexec`"))
     if document["paused"]:
         rows.append(("paused", "[yellow]no other code is started[/] until `wa-supervisor resume`"))
     rows.append(

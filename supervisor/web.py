@@ -34,24 +34,30 @@ from supervisor.errors import AddressError
 _MAX_CONNECTIONS = 32
 _TIMEOUT_SECONDS = 5.0
 _RELIEF_SECONDS = 0.1
+_ANSWERS_SECONDS = 1.0
 
 Status = Mapping[str, Any]
 
 
 class WebServer:
-    """Serves ``/metrics``, ``/livez``, ``/readyz`` and ``/status.json``.
+    """Serves ``/metrics``, ``/livez``, ``/readyz`` and ``/status.json`` once it is started.
 
     Args:
         address: host and port; port 0 lets the kernel choose.
         registry: what ``/metrics`` shows.
         status: returns the last published status; called from other threads.
+        listener: descriptor of a socket that another image of the supervisor listened on; None for a new one.
 
     Raises:
         AddressError: the address is not to be had.
     """
 
     def __init__(
-        self, address: tuple[str, int], registry: CollectorRegistry, status: Callable[[], Status]
+        self,
+        address: tuple[str, int],
+        registry: CollectorRegistry,
+        status: Callable[[], Status],
+        listener: int | None = None,
     ) -> None:
         exposition = _Exposition(registry)
 
@@ -59,7 +65,7 @@ class WebServer:
             return _Handler(*args, exposition=exposition, status=status)
 
         try:
-            self._server = _Server(address, handler)
+            self._server = _Server(address, handler, listener)
         except (OSError, OverflowError, TypeError) as error:  # The last: a name that IDNA has not.
             where = f"{address[0]}:{address[1]}"
             why = getattr(error, "strerror", None) or str(error)
@@ -67,6 +73,9 @@ class WebServer:
                 f"cannot listen on {where}: {why}; free it or choose another --listen"
             ) from error
         self._thread = threading.Thread(target=self._server.serve_forever, name="web", daemon=True)
+
+    def start(self) -> None:
+        """Begin to answer; whoever has connected before has waited for it."""
         self._thread.start()
 
     @property
@@ -75,11 +84,26 @@ class WebServer:
         host, port = self._server.server_address[:2]
         return f"[{host!s}]:{port}" if ":" in str(host) else f"{host!s}:{port}"
 
+    def leave(self) -> int:
+        """Answer what was asked, and return the descriptor that is listened on; who connects now waits.
+
+        This object is of no more use.
+        """
+        self._end_thread()
+        self._server.connections.wait_for_answers()
+        listener = self._server.socket.detach()
+        self._server.server_close()
+        return listener
+
     def close(self) -> None:
         """Stop listening, and end the connections there are."""
-        self._server.stop()
-        self._thread.join()
+        self._end_thread()
         self._server.server_close()
+
+    def _end_thread(self) -> None:
+        self._server.stop()
+        if self._thread.is_alive():
+            self._thread.join()
 
 
 class _Connections:
@@ -88,6 +112,8 @@ class _Connections:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._answering: dict[socket.socket, bool] = {}
+        self._unheard: set[socket.socket] = set()
+        """Those that have not asked anything yet: their first words may be on the way."""
 
     def add(self, connection: socket.socket) -> None:
         """Take a connection in; where there is no place left, another one is ended."""
@@ -96,18 +122,30 @@ class _Connections:
                 idle = (known for known, answering in self._answering.items() if not answering)
                 self._end(next(idle, next(iter(self._answering))))
             self._answering[connection] = False
+            self._unheard.add(connection)
 
     def answering(self, connection: socket.socket, *, now: bool) -> None:
         """Note that an answer begins, or that it is done."""
         with self._changed:
             if connection in self._answering:
                 self._answering[connection] = now
+                self._unheard.discard(connection)
+                self._changed.notify_all()
 
     def remove(self, connection: socket.socket) -> None:
         """Let go of a connection whose thread is done with it."""
         with self._changed:
             self._answering.pop(connection, None)
+            self._unheard.discard(connection)
             self._changed.notify_all()
+
+    def wait_for_answers(self) -> None:
+        """Wait until everybody who has connected was answered, for a moment."""
+        with self._changed:
+            self._changed.wait_for(self._all_answered, _ANSWERS_SECONDS)
+
+    def _all_answered(self) -> bool:
+        return not self._unheard and not any(self._answering.values())
 
     def end_all(self) -> None:
         """End every connection and wait until their threads have let go of them."""
@@ -119,6 +157,7 @@ class _Connections:
     def _end(self, connection: socket.socket) -> None:
         """Wake the thread of a connection with its end; the thread closes it."""
         del self._answering[connection]
+        self._unheard.discard(connection)
         _shut_down(connection)
 
 
@@ -132,7 +171,13 @@ class _Server(ThreadingHTTPServer):
     block_on_close = False
     request_queue_size = 128
 
-    def __init__(self, address: tuple[str, int], handler: Callable[..., BaseHTTPRequestHandler]) -> None:
+    def __init__(
+        self,
+        address: tuple[str, int],
+        handler: Callable[..., BaseHTTPRequestHandler],
+        listener: int | None,
+    ) -> None:
+        self._listener = listener
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
         self.connections = _Connections()
@@ -145,6 +190,12 @@ class _Server(ThreadingHTTPServer):
 
     def server_bind(self) -> None:
         """Bind without the reverse look-up of the name that the base class does, which may take seconds."""
+        if self._listener is not None:
+            self.socket.close()
+            self.socket = socket.socket(fileno=self._listener)
+            self.socket.setblocking(False)
+            self.server_address = self.socket.getsockname()
+            return
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.setblocking(False)  # Who was there when the loop was woken may be gone when it accepts.
         self.socket.bind(self.server_address)

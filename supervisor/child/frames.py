@@ -17,6 +17,10 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
+PROTOCOL = 1
+"""Raised whenever a supervisor and a child of two versions of this package would misunderstand each other:
+a supervisor that is replaced in place goes on with children of its predecessor."""
+
 LIMIT_BYTES = 16 * 1024 * 1024
 """Largest body of a frame: 100,000 series of metrics fit, a runaway child does not."""
 
@@ -42,10 +46,19 @@ def encode(frame: Frame) -> bytes:
 
 
 class Decoder:
-    """Turns received bytes into frames, keeping what is incomplete."""
+    """Turns received bytes into frames, keeping what is incomplete.
 
-    def __init__(self) -> None:
-        self._buffer = bytearray()
+    Args:
+        rest: what another decoder of the same stream had kept.
+    """
+
+    def __init__(self, rest: bytes = b"") -> None:
+        self._buffer = bytearray(rest)
+
+    @property
+    def rest(self) -> bytes:
+        """What is incomplete so far."""
+        return bytes(self._buffer)
 
     def feed(self, data: bytes) -> Iterator[Frame]:
         """Yield the frames that ``data`` completes.

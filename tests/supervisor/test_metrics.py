@@ -9,6 +9,7 @@ import subprocess
 import sys
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +20,7 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from supervisor import families
-from supervisor.families import FamilyError, Totals, added, parse
+from supervisor.families import FamilyError, Series, Totals, added, parse
 from supervisor.metrics import (
     RESTART_CAUSES,
     TRIGGERS,
@@ -493,3 +494,37 @@ def test_own_and_child_series_stand_in_one_exposition() -> None:
     assert len(heads) == len(set(heads))
     assert {"drops_total", "wa_supervisor_child_families_rejected"} <= set(heads)
     assert all(isinstance(family, Metric) for family in created.collect())
+
+
+def test_totals_go_on_in_another_image_of_the_supervisor() -> None:
+    first = SupervisorMetrics(CollectorRegistry())
+    first.reloads.labels("live", "watch").inc(3)
+    first.downtime.inc(1.5)
+    first.reload_seconds.observe(0.3)
+    first.stage_seconds.labels("launch").observe(0.02)
+    carried = msgspec.msgpack.decode(msgspec.msgpack.encode(first.totals), type=dict[Series, float])
+    created = CollectorRegistry()
+    second = SupervisorMetrics(created, carried)
+    assert dict(second.totals) == dict(first.totals)
+    second.reloads.labels("live", "watch").inc()
+    second.reload_seconds.observe(0.3)
+    second.follow(second.watch_overflows, 2)
+    text = generate_latest(created).decode()
+    assert 'wa_supervisor_reloads_total{outcome="live",trigger="watch"} 4.0' in text
+    assert "wa_supervisor_downtime_seconds_total 1.5" in text
+    assert 'wa_supervisor_reload_seconds_bucket{le="0.5"} 2.0' in text
+    assert 'wa_supervisor_reload_seconds_bucket{le="0.25"} 0.0' in text
+    assert "wa_supervisor_reload_seconds_sum 0.6" in text
+    assert 'wa_supervisor_reload_stage_seconds_count{stage="launch"} 1.0' in text
+    assert "wa_supervisor_watch_overflows_total 2.0" in text
+
+
+def test_processor_time_of_a_child_is_not_counted_again_by_another_image() -> None:
+    metrics = SupervisorMetrics(CollectorRegistry())
+    sampler = ProcessSampler(metrics)
+    sampler.sample(os.getpid())
+    assert sampler.counted[0] == os.getpid()
+    assert sampler.counted[1] > 0
+    later = SupervisorMetrics(CollectorRegistry(), metrics.totals)
+    ProcessSampler(later, (os.getpid(), sampler.counted[1] + 1000.0)).sample(os.getpid())
+    assert later.totals["wa_supervisor_child_cpu_seconds_total", ()] == sampler.counted[1]

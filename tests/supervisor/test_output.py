@@ -14,10 +14,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from supervisor.logfile import LIMIT_BYTES, read_last
-from supervisor.output import Output
+from supervisor.logfile import LIMIT_BYTES, LogFile, read_last
+from supervisor.output import Output, OutputEstate
 
 DEADLINE_SECONDS = 15.0
 
@@ -82,8 +83,10 @@ def output(log_file: Path, stdout: Reader, stderr: Reader) -> Iterator[Output]:
 
 
 @contextlib.contextmanager
-def opened(log_file: Path, stdout: Reader, stderr: Reader) -> Iterator[Output]:
-    output = Output(log_file, stdout.write, stderr.write)
+def opened(
+    log_file: Path, stdout: Reader, stderr: Reader, estate: OutputEstate | None = None
+) -> Iterator[Output]:
+    output = Output(log_file, stdout.write, stderr.write, estate)
     handler = output.handler()
     log = logging.getLogger("wa-supervisor")
     log.addHandler(handler)
@@ -388,6 +391,51 @@ def test_close_does_not_wait_for_a_reader_that_stalls_or_a_process_that_goes_on_
     assert process.wait() != 0  # Its pipe was broken.
     assert descriptors() == before - 2  # Those it wakes up by.
     assert read_last(log_file, 1)[0].endswith("x")
+
+
+def test_what_is_on_its_way_passes_over_to_another_image_unchanged(
+    output: Output, stdout: Reader, stderr: Reader, log_file: Path
+) -> None:
+    code = (
+        "import os\nfor n in range(60000): os.write(1, b'line %d\\n' % n)\nos.write(1, b'prompt> ')\ninput()"
+    )
+    with output.attach(4) as pipes:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=pipes.stdout, stderr=pipes.stderr
+        )
+    until(lambda: log_file.exists() and b"line 9000" in log_file.read_bytes())  # Stdout has stalled by now.
+    assert output.stop()
+    output.handler().handle(logging.makeLogRecord({"msg": "said while nobody listens"}))
+    left = msgspec.msgpack.decode(msgspec.msgpack.encode(output.estate), type=OutputEstate)
+    before = descriptors()
+    with opened(log_file, stdout, stderr, left):
+        stdout.until(b"prompt> ")
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait() != 0  # End of its input.
+        stderr.until(b"EOFError")
+    assert stdout.rest() == b"".join(b"line %d\n" % number for number in range(60000)) + b"prompt> "
+    assert b"said while nobody listens\n" in stderr.rest()
+    assert descriptors() == before - 3  # Its two pipes, and the writing end of its stdin.
+
+
+def test_an_image_that_is_not_replaced_after_all_goes_on_passing_on(
+    log_file: Path, stdout: Reader, stderr: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stuck, free = threading.Event(), threading.Event()
+
+    def append(_file: LogFile, _lines: bytes) -> None:
+        stuck.set()
+        free.wait(DEADLINE_SECONDS)
+
+    with opened(log_file, stdout, stderr) as output:
+        monkeypatch.setattr(LogFile, "append", append)
+        assert run(output, 1, "print('one')").wait() == 0
+        assert stuck.wait(DEADLINE_SECONDS)
+        assert not output.stop(0.05)
+        free.set()
+        assert run(output, 2, "print('two')").wait() == 0
+        assert stdout.until(b"two\n") == b"one\ntwo\n"
 
 
 def test_closed_standard_descriptors_do_not_become_somebody_elses(tmp_path: Path) -> None:

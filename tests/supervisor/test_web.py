@@ -39,6 +39,7 @@ def collectors() -> CollectorRegistry:
 @pytest.fixture
 def server(collectors: CollectorRegistry, status: dict[str, Any]) -> Iterator[WebServer]:
     made = WebServer(("127.0.0.1", 0), collectors, lambda: status)
+    made.start()
     yield made
     made.close()
 
@@ -126,6 +127,7 @@ def test_one_connection_may_ask_more_than_once(server: WebServer) -> None:
 def test_ipv6_address_stands_in_brackets(collectors: CollectorRegistry) -> None:
     try:
         server = WebServer(("::1", 0), collectors, lambda: GOOD)
+        server.start()
     except AddressError as error:
         pytest.skip(f"no IPv6 here: {error}")
     assert server.address.startswith("[::1]:")
@@ -162,6 +164,7 @@ def test_client_whose_answer_is_under_way_is_not_the_first_to_go(
         return GOOD
 
     server = WebServer(("127.0.0.1", 0), collectors, slow_status)
+    server.start()
     with connect(server) as answered:
         answered.sendall(b"GET /livez HTTP/1.0\r\n\r\n")
         assert asked.wait(DEADLINE_SECONDS)
@@ -181,6 +184,7 @@ def test_clients_that_do_not_read_their_answers_make_room_at_last(
     monkeypatch.setattr(web, "_MAX_CONNECTIONS", 3)
     huge = {**GOOD, "filling": "x" * 20_000_000}
     server = WebServer(("127.0.0.1", 0), collectors, lambda: huge)
+    server.start()
     crowd = [connect(server) for _ in range(3)]
     for connection in crowd:
         connection.sendall(b"GET /status.json HTTP/1.0\r\n\r\n")
@@ -196,6 +200,7 @@ def test_client_that_says_nothing_loses_its_connection(
 ) -> None:
     monkeypatch.setattr(web._Handler, "timeout", 0.01)
     server = WebServer(("127.0.0.1", 0), collectors, lambda: GOOD)
+    server.start()
     with connect(server) as connection:
         assert is_ended(connection)
     server.close()
@@ -231,6 +236,7 @@ def test_client_that_goes_away_while_it_is_answered_leaves_no_traceback(
 ) -> None:
     huge = {**GOOD, "filling": "x" * 20_000_000}
     server = WebServer(("127.0.0.1", 0), collectors, lambda: huge)
+    server.start()
     with connect(server) as connection:
         connection.sendall(b"GET /status.json HTTP/1.1\r\n\r\n")
         assert connection.recv(1) == b"H"
@@ -303,11 +309,13 @@ def test_address_that_is_not_ours_is_one_sentence(collectors: CollectorRegistry,
 
 def test_address_is_free_again_after_the_end(collectors: CollectorRegistry) -> None:
     first = WebServer(("127.0.0.1", 0), collectors, lambda: GOOD)
+    first.start()
     address = place(first)
     with connect(first) as idle:
         first.close()
         assert is_ended(idle)
         second = WebServer(address, collectors, lambda: GOOD)
+        second.start()
         assert get(second, "/livez")[0] == 200
         second.close()
 
@@ -316,6 +324,7 @@ def test_nothing_of_a_server_is_left_after_its_end(server: WebServer, collectors
     get(server, "/livez")
     before = set(threading.enumerate())
     other = WebServer(("127.0.0.1", 0), collectors, lambda: GOOD)
+    other.start()
     stalled = [connect(other) for _ in range(5)]
     get(other, "/livez")
     other.close()
