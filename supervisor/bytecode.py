@@ -59,7 +59,8 @@ class BytecodeReport:
             path of the source.
         swept: every cache directory of the tree was looked at, so that nothing else is unwritable.
         prints: absolute path of each source to the prints of its code objects, and their qualified names.
-        passing: the error says nothing about the tree: the machine could not run the helper just now.
+        passing: the error says nothing about the tree: the machine could not run the helper just now. There
+            is an error then.
     """
 
     error: str | None

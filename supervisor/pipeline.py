@@ -514,10 +514,12 @@ class Pipeline:
         if build is None:
             return None
         build.reload.mark("bytecode", now)
-        if report.passing:
+        if report.passing:  # It says nothing about the sources, so nothing that follows can put it right.
+            self.problem = report.error
+            self._end(build.reload, "rejected", "crash", report.error)
             self._begin("scan", now).not_before = now + _TRY_AGAIN_SECONDS
-        else:
-            self._judged = build.manifest.digest
+            return None
+        self._judged = build.manifest.digest
         if report.error is not None:
             build.rejection, self._build = report.error, build
             self._tell_rejection()

@@ -899,6 +899,7 @@ class Service:
             stopping=self._state.stopping,
             paused=self._state.paused,
             ended=self._reporting.ended,
+            writer=str(self._checkout.lock) if self._checkout.lock and self._pipeline.busy else None,
             now=time.monotonic(),
         )
 

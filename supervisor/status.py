@@ -28,6 +28,7 @@ def in_sync_problem(  # noqa: PLR0911 -- one for each reason
     stopping: bool,
     paused: bool,
     ended: str | None,
+    writer: str | None,
     now: float,
 ) -> str | None:
     """Return why the running code is not, or not provably, the code on disk; None if it is.
@@ -39,6 +40,7 @@ def in_sync_problem(  # noqa: PLR0911 -- one for each reason
         stopping: the operator asked to stop.
         paused: the operator asked for no other code than what runs.
         ended: what became of the last live generation, for as long as there is no other.
+        writer: who is in the middle of writing the tree; what was seen of it last no longer counts.
         now: monotonic time.
     """
     if stopping:
@@ -47,6 +49,8 @@ def in_sync_problem(  # noqa: PLR0911 -- one for each reason
         return problem or ended or "no generation is live yet"
     if disk is None:
         return problem or "the tree has not been read yet"
+    if writer is not None:
+        return f"the tree is being written: {writer}"
     if live.manifest.digest != disk.digest:
         if paused and problem is None:
             return "paused: the tree has changed; `wa-supervisor resume` catches up"

@@ -347,3 +347,21 @@ def test_random_saves_end_with_what_is_on_disk_and_one_record_each(bench: Bench)
         assert bench.live.digest == bench.disk()
     ended = [reload.identity for reload in bench.ended]
     assert len(ended) == len(set(ended))
+
+
+def test_machine_that_cannot_compile_now_is_no_mistake_of_the_sources_and_is_tried_again(
+    bench: Bench, tmp_path: Path
+) -> None:
+    (tmp_path / "run").rename(tmp_path / "away")
+    bench.save("a.py", "VALUE = 1\n")
+    bench.advance()
+    assert bench.build() is None
+    (rejected,) = bench.ended
+    assert (rejected.outcome, rejected.reason) == ("rejected", "crash")
+    assert "could not be started" in str(rejected.detail)
+    (tmp_path / "away").rename(tmp_path / "run")
+    bench.advance(60.0)
+    assert bench.build() is not None
+    assert bench.gate()
+    assert bench.launched[-1].manifest.digest == bench.disk()
+    assert bench.launched[-1].reload is not rejected
