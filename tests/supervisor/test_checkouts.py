@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import random
 import shutil
 import subprocess
@@ -259,6 +260,8 @@ def test_lock_holds_the_reload_for_as_long_as_a_process_holds_the_lock(
         document = started.status()
         assert (document["state"], document["live"]["generation"]) == ("reloading", 1)
         assert document["problems"] == []
+        assert not document["in_sync"], "nobody knows what the tree is"
+        assert re.search(r"the tree is being written: .*index\.lock", document["reason"])
     started.expect("^serving 2$")
     started.expect(LIVE)
 
