@@ -123,6 +123,10 @@ def run(
     max_age: Annotated[
         float | None, typer.Option(help="Seconds of service after which a child is replaced.")
     ] = None,
+    no_zygote: Annotated[
+        bool | None,
+        typer.Option("--no-zygote", help="Start each child by itself, not from a preloaded process."),
+    ] = None,
     env_file: Annotated[
         str | None,
         typer.Option(help="File of NAME=value lines for the child; a change makes a new generation."),
@@ -154,6 +158,7 @@ def run(
         probation=probation,
         max_memory=max_memory,
         max_age=max_age,
+        no_zygote=no_zygote,
         env_file=env_file,
         runtime_dir=runtime_dir,
         state_dir=state_dir,

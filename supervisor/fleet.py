@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from supervisor import ends, events, launch, masking, orphans, processes, verify
+from supervisor.child.zygote import PLACEHOLDERS
 from supervisor.history import Ending
 from supervisor.launch import Child, ChildEstate, LaunchRequest
 from supervisor.manifest import Manifest
 from supervisor.notify import Datagram
 from supervisor.output import Output
 from supervisor.settings import Target
+from supervisor.zygote import Plan, Zygote
 
 log = logging.getLogger("wa-supervisor")
 
@@ -42,6 +44,7 @@ class Running:
     """A generation's process and what is known of it.
 
     Attributes:
+        manifest_file: of its manifest, once it was asked what it has loaded.
         nonce: of the last request for attestation that is not answered.
         asked_at: monotonic time of the oldest request since the last answer, None if all are answered.
         over: its program has ended; what is left is the end of the interpreter.
@@ -66,6 +69,7 @@ class Running:
     over: bool = False
     mute: bool = False
     status: str = ""
+    manifest_file: Path | None = None
     failure: Mapping[str, Any] = field(default_factory=dict)
     look: ends.Look | None = None
     killed: bool = False
@@ -119,6 +123,7 @@ class Fleet:
         environment: returns a generation's environment, from its number and its tree digest.
         disk: returns what is on disk now, for comparison.
         prints: returns the prints of the code that each source has, by its sha256.
+        zygote: what processes are forked from, if that can be done.
         happened: takes an event of the lifecycle.
         metrics: takes the number of a generation and the families that it sent.
         suspected: takes the number of a generation and what made it suspicious (``X_SUSPECT=``).
@@ -137,6 +142,7 @@ class Fleet:
         environment: Callable[[int, str], Mapping[str, str]],
         disk: Callable[[], Manifest | None],
         prints: Callable[[], Mapping[str, Mapping[str, str]]],
+        zygote: Zygote,
         happened: Callable[[events.Event], None],
         metrics: Callable[[int, list[Mapping[str, Any]]], None],
         suspected: Callable[[int, str], None],
@@ -148,6 +154,7 @@ class Fleet:
         self._environment = environment
         self._disk = disk
         self._prints = prints
+        self._zygote = zygote
         self._happened = happened
         self._metrics = metrics
         self._suspected = suspected
@@ -242,9 +249,10 @@ class Fleet:
             target=self._target,
             environment=self._environment(number, manifest.digest),
             directory=self._directory,
+            sources=manifest.sources,
         )
         with self._output.attach(number) as pipes:
-            child = launch.launch(request, pipes.stdout, pipes.stderr)
+            child = launch.launch(request, pipes.stdout, pipes.stderr, self._zygote)
         self._lineages.add(number, child.pid)
         self._take_in(Running(number, manifest, child, time.time(), time.monotonic()))
 
@@ -265,6 +273,13 @@ class Fleet:
         if running is not None:
             running.adopted = False
             self.attest(number)
+
+    def ask_for_modules(self, number: int, manifest: Path) -> None:
+        """Ask what it has loaded, for the zygote; its manifest is in a file."""
+        running = self._running.get(number)
+        if running is not None:
+            running.manifest_file = manifest
+            running.child.send({"type": "modules"})
 
     def go(self, number: int) -> None:
         """Let the application start."""
@@ -431,10 +446,37 @@ class Fleet:
                 self._attested(running, frame)
             case "metrics" if isinstance(frame.get("families"), list):
                 self._metrics(running.number, frame["families"])
+            case "modules":
+                self._loaded(running, frame)
             case "ended":
                 running.over = True
             case "failed":
                 running.failure = frame
+
+    def _loaded(self, running: Running, frame: Mapping[str, Any]) -> None:
+        """Tell the zygote what children need, as far as this one shows it."""
+        if running.manifest_file is None:
+            return  # Nobody has asked.
+        target = self._target
+        script = self._directory / target.name if target.kind == "script" else None
+        environment = self._environment(running.number, running.manifest.digest)
+        try:
+            modules = [(str(name), str(origin)) for name, origin in frame["modules"]]
+            compiled = frozenset((str(digest), str(path)) for digest, path in frame["compiled"])
+        except (KeyError, TypeError, ValueError):
+            log.warning("generation %d does not say what it has loaded", running.number)
+            return
+        self._zygote.want(
+            Plan(
+                modules=modules,
+                environment={k: v for k, v in environment.items() if k not in PLACEHOLDERS},
+                manifest=str(running.manifest_file),
+                blobs=str(self._blobs),
+                first_path=str(script.resolve().parent if script is not None else self._directory),
+                sources=running.manifest.sources,
+                compiled=compiled,
+            )
+        )
 
     def _attested(self, running: Running, frame: Mapping[str, Any]) -> None:
         if running.nonce is None or frame.get("nonce") != running.nonce:

@@ -1,7 +1,7 @@
 """Launch: start one generation, and hold what is needed to speak to it, watch it and end it.
 
-The contract, whatever is inside (a cold interpreter now; a fork from a preloaded process can take its place
-without any caller noticing):
+The contract, whether it is forked from the zygote or started by itself (:mod:`supervisor.zygote`; the same
+program either way, and no caller notices):
 
 - the supervisor is the child's **parent** and its only reaper; nobody calls ``wait`` but :func:`reap`;
 - a **pidfd** is held from the first moment, so that a signal never reaches a recycled pid;
@@ -23,8 +23,6 @@ import contextlib
 import os
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,9 +30,11 @@ from typing import Any
 
 from supervisor import ends
 from supervisor.child import frames
+from supervisor.child.zygote import PLACEHOLDERS
 from supervisor.settings import Target
+from supervisor.zygote import Zygote, execute
 
-_BOOTSTRAP = Path(__file__).parent / "child" / "bootstrap.py"
+_STDOUT, _STDERR = 1, 2
 
 STRIPPED_VARIABLES = (
     "NOTIFY_SOCKET",
@@ -61,6 +61,7 @@ class LaunchRequest:
         target: what to run.
         environment: the child's whole environment.
         directory: the child's working directory; None for ours.
+        sources: what is in the manifest; without it there is always a cold start.
     """
 
     generation: int
@@ -70,6 +71,7 @@ class LaunchRequest:
     target: Target
     environment: Mapping[str, str]
     directory: Path | None = None
+    sources: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -208,34 +210,53 @@ class Child:
         self.signal(signal.SIGKILL)
 
 
-def launch(request: LaunchRequest, stdout: int | None = None, stderr: int | None = None) -> Child:
+def launch(
+    request: LaunchRequest,
+    stdout: int | None = None,
+    stderr: int | None = None,
+    zygote: Zygote | None = None,
+) -> Child:
     """Start a generation; it imports its code and then waits at its gate for ``go``.
 
     Args:
         request: what to start.
         stdout: descriptor that it writes to; None for ours.
         stderr: the same.
+        zygote: what to fork it from, if that can be done.
 
     Raises:
         OSError: no process could be started.
     """
+    if zygote is not None and request.sources:
+        message = frames.encode(start_message(request))
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        ours.setblocking(False)
+        with theirs:
+            pid = zygote.fork(
+                environment=request.environment,
+                directory=str(request.directory or Path.cwd()),
+                sources=request.sources,
+                descriptors=(
+                    theirs.fileno(),
+                    _STDOUT if stdout is None else stdout,
+                    _STDERR if stderr is None else stderr,
+                ),
+                begin=lambda: ours.send(message) == len(message),
+            )
+        if pid is not None:
+            return _child(pid, ours)
+        ours.close()  # Should there be a child after all, it ends with this.
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with theirs:
-        process = subprocess.Popen(
-            [sys.executable, str(_BOOTSTRAP), str(theirs.fileno())],
-            stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=stderr,
-            env=dict(request.environment),
-            cwd=request.directory,
-            pass_fds=(theirs.fileno(),),
-            start_new_session=True,
-        )
-    process.returncode = 0  # Popen is not the reaper: nothing of it shall wait for this pid.
+        pid = execute(theirs.fileno(), request.environment, request.directory, stdout, stderr)
     ours.setblocking(False)
-    child = Child(process.pid, os.pidfd_open(process.pid) if hasattr(os, "pidfd_open") else None, ours)
+    child = _child(pid, ours)
     child.send(start_message(request))
     return child
+
+
+def _child(pid: int, channel: socket.socket) -> Child:
+    return Child(pid, os.pidfd_open(pid) if hasattr(os, "pidfd_open") else None, channel)
 
 
 def start_message(request: LaunchRequest) -> dict[str, Any]:
@@ -246,6 +267,9 @@ def start_message(request: LaunchRequest) -> dict[str, Any]:
         "supervisor_pid": os.getpid(),
         "manifest": str(request.manifest),
         "blobs": str(request.blobs),
+        "variables": {
+            name: request.environment[name] for name in PLACEHOLDERS if name in request.environment
+        },
         "target": {"kind": target.kind, "name": target.name, "arguments": list(target.arguments)},
     }
 
@@ -263,10 +287,10 @@ def child_environment(
         tree: digest of its manifest.
     """
     environment = {name: value for name, value in inherited.items() if name not in STRIPPED_VARIABLES}
-    environment |= {"NOTIFY_SOCKET": str(notify_socket), "WA_GENERATION": str(generation), "WA_TREE": tree}
+    environment["NOTIFY_SOCKET"] = str(notify_socket)
     if watchdog_seconds > 0:
         environment["WATCHDOG_USEC"] = str(int(watchdog_seconds * 1_000_000))
-    return environment
+    return environment | {"WA_TREE": tree, "WA_GENERATION": str(generation)}
 
 
 def reap(child: Child) -> int:

@@ -62,6 +62,7 @@ from supervisor.status import in_sync_problem
 from supervisor.succession import Succession
 from supervisor.watch import Watcher
 from supervisor.web import WebServer
+from supervisor.zygote import Zygote
 
 log = logging.getLogger("wa-supervisor")
 
@@ -135,6 +136,7 @@ class Service:
             left=lambda tree: self.happened(events.TreeLeft(tree)),
             quarantined=self._quarantined,
         )
+        self._zygote = Zygote(self._selector)
         self._fleet = Fleet(
             target=settings.target,
             blobs=self._blobs.blobs,
@@ -145,6 +147,7 @@ class Service:
             environment=self._configuration.environment_of,
             disk=lambda: self._pipeline.disk,
             prints=lambda: self._pipeline.prints,
+            zygote=self._zygote,
             happened=self.happened,
             metrics=self._child_metrics.update,
             suspected=self._suspected,
@@ -285,6 +288,7 @@ class Service:
             self._pipeline.scan(now, whole=True)
         self._pipeline.trusting = self._watcher.hears_everything
         self._dirty.turn(now)
+        self._zygote.reap()
         self._fleet.reap(now)
         self._run_timers(now)
         self._collect_job(now)
@@ -306,9 +310,17 @@ class Service:
         self._count_downtime(now)
         if now >= self._housekeeping_at:
             self._housekeep(now)
+        self._zygote.turn(now, idle=self._is_idle, enabled=self._settings.zygote)
         if self._changed:
             self._publish(now)
         self._succession.advance(now)
+
+    @property
+    def _is_idle(self) -> bool:
+        """Whether there is time for what nobody waits for."""
+        state = self._state
+        busy = self._pipeline.busy or self._held or state.candidate or state.draining or state.stopping
+        return state.live is not None and not busy
 
     def _timeout(self) -> float:
         if self._events:
@@ -460,8 +472,9 @@ class Service:
         self._job = job
 
     def _helpers(self) -> Collection[int]:
-        waiting = [job.pid for job in self._starter.jobs if job.pid is not None]
-        return [*waiting, *self._pipeline.helpers, *self._dirty.pids, *self._succession.pids]
+        waiting = [self._zygote.pid, *(job.pid for job in self._starter.jobs)]
+        pids = [pid for pid in waiting if pid is not None]
+        return [*pids, *self._pipeline.helpers, *self._dirty.pids, *self._succession.pids]
 
     def _follow_git(self, now: float) -> None:
         """Bring git's facts up to date."""
@@ -639,6 +652,7 @@ class Service:
             case events.Drained():
                 self._chronicle.drained(action)
             case events.Promoted():
+                self._ask_for_modules()
                 self._reporting.promoted(action)
                 self._chronicle.promoted(action)
 
@@ -685,8 +699,15 @@ class Service:
         self._last_live = live.number
         self._child_metrics.go_live(live.number)
         self._verify_at = now + self._settings.verify_interval_seconds
+        self._ask_for_modules()
         self._notifier.ready()
         self._live_is_new = True
+
+    def _ask_for_modules(self) -> None:
+        """Ask the live generation what the next ones will need."""
+        live = self.live
+        if live is not None:
+            self._fleet.ask_for_modules(live.number, self._blobs.put_manifest(live.manifest))
 
     def _collect_garbage(self) -> None:
         """Forget manifests and blobs that nothing needs any more."""
@@ -823,6 +844,7 @@ class Service:
         self._pipeline.leave()
         self._dirty.close()
         # Whatever else is a child of this image alone is ended here: the next one adopts generations only.
+        self._zygote.close()
         self._watcher.close()
         listener = self._web.leave()
         self._history.close()
@@ -866,6 +888,7 @@ class Service:
         self._events.append((events.Slept(now - estate.left_at), None))
         for running in estate.fleet.running:
             self._starter.judge(running.number, running.manifest, now)
+        self._ask_for_modules()
         if self._succession.succeeded(estate, self._control.waiting(estate.asked)):
             self._chronicle.operator("reexec", estate.uid)
 
@@ -920,6 +943,7 @@ class Service:
                 "last_scan_age_seconds": round(now - (self._pipeline.scanned_at or now), 3),
             },
             git=self._git_facts,
+            zygote=self._zygote.status,
             busy=self._pipeline.busy,
             quarantine=self._chronicle.quarantine_json(self._state),
             converge_seconds=MAX_SETTLE_SECONDS
@@ -934,6 +958,7 @@ class Service:
         return {**self._status, "loop_alive": time.monotonic() - self._turned_at < _LOOP_HANGS_SECONDS}
 
     def _close(self) -> None:
+        self._zygote.close()
         self._pipeline.close()
         self._starter.close()
         self._dirty.close()

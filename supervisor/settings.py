@@ -82,6 +82,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     probation: _SecondsOrOff | None = None
     max_memory: _Bytes | None = None
     max_age: _Seconds | None = None
+    no_zygote: bool | None = None
     env_file: str | None = None
     runtime_dir: str | None = None
     state_dir: str | None = None
@@ -98,6 +99,7 @@ class Settings:
         probation_seconds: how long a generation must serve before its tree is known good.
         max_memory_bytes: of resident memory, None for no limit.
         max_age_seconds: a child is replaced after this time, None for never.
+        zygote: whether children may be forked from a process that has their libraries loaded.
         env_file: of variables for the children.
         listen: host and port of the HTTP endpoint; port 0 lets the kernel choose.
     """
@@ -116,6 +118,7 @@ class Settings:
     probation_seconds: float
     max_memory_bytes: int | None
     max_age_seconds: float | None
+    zygote: bool
     env_file: Path | None
     runtime_dir: Path
     state_dir: Path
@@ -178,6 +181,7 @@ def resolve(target: Target, options: Options) -> Settings:
         probation_seconds=30.0 if options.probation is None else options.probation,
         max_memory_bytes=options.max_memory,
         max_age_seconds=options.max_age,
+        zygote=not options.no_zygote,
         env_file=Path(options.env_file).absolute() if options.env_file else None,
         runtime_dir=runtime_dir(options.runtime_dir),
         state_dir=_state_dir(options.state_dir),

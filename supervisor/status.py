@@ -81,6 +81,7 @@ def status_document(
     restarts: Mapping[str, float],
     watch: Mapping[str, Any],
     git: Mapping[str, Any] | None,
+    zygote: Mapping[str, Any],
     busy: bool,
     quarantine: Sequence[Mapping[str, Any]],
     converge_seconds: float,
@@ -120,6 +121,7 @@ def status_document(
         "restarts": {cause: int(count) for cause, count in restarts.items()},
         "watch": dict(watch),
         "git": git,
+        "zygote": dict(zygote),
         "bytecode": dict(bytecode),
         "self": dict(own),
     }

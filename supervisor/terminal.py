@@ -146,6 +146,9 @@ def _status_rows(document: dict[str, Any]) -> list[tuple[str, str]]:
     own = document.get("self")  # A supervisor that has not been updated yet does not know it.
     if own and own["outdated"]:
         rows.append(("supervisor", f"[yellow]outdated[/]: {escape(own['reason'])}; `wa-supervisor reexec`"))
+    zygote = document.get("zygote")
+    if zygote and zygote["reason"]:
+        rows.append(("zygote", escape(f"{zygote['state']}: {zygote['reason']}")))
     if document["paused"]:
         rows.append(("paused", "[yellow]no other code is started[/] until `wa-supervisor resume`"))
     rows.append(

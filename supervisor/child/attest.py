@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from .pinned import Pins
 
 _IMPORT_MACHINERY = "<frozen importlib._bootstrap>"
+_NOT_PLAIN = re.compile(r"/\.|//")
+"""In a path that may have another spelling; for most modules it is not worth the time to make sure."""
 _GUESS_SECONDS = 1.0
 _IMPORT_SECONDS = 5.0
 
@@ -109,10 +112,11 @@ def report(pins: Pins, functions: Functions, nonce: str, progress: Progress) -> 
             {"name": name, "path": path}
             for name, module in loaded.items()
             if id(module) not in pinned
+            and not functions.outside(module)
             and not _came_through_the_pins(module)
             and (path := _tree_path(pins, module)) is not None
         ],
-        "functions": functions.alive(),
+        "functions": functions.alive(gently=progress.began_at is not None),
         # Names are bound while a module is loaded; what counts is what they hold afterwards.
         "replaced": [] if importing or progress.began_at is None else functions.replaced(),
         "importing": importing,
@@ -129,10 +133,17 @@ def _tree_path(pins: Pins, module: Any) -> str | None:  # noqa: ANN401 -- sys.mo
     path = getattr(module, "__file__", None)
     if not isinstance(path, str) or not path.endswith((".py", ".pyc")):
         return None
-    relative = pins.relative(os.path.abspath(path))
+    if not os.path.isabs(path) or _NOT_PLAIN.search(path):
+        path = os.path.abspath(path)
+    return pins.relative(path) if in_tree(pins, path) else None
+
+
+def in_tree(pins: Pins, path: str) -> bool:
+    """Whether an absolute path lies in the tree, and not in something that belongs to no tree."""
+    relative = pins.relative(path)
     if not relative or pins.ignores(relative):
-        return None
-    return None if _excluded(os.path.dirname(os.path.abspath(path)), relative) else relative
+        return False
+    return not _excluded(os.path.dirname(path), relative)
 
 
 def _excluded(directory: str, relative: str) -> bool:

@@ -1,7 +1,8 @@
 """Pinned imports: modules of the tree come from the bytes of the manifest, and from nowhere else.
 
 The invariant: **a source of the tree that this process executes was read from a blob of its manifest, its
-sha256 was checked before it was compiled, and it is on record**. So one process can never mix two versions:
+sha256 was checked before it was compiled, and it is on record**. (A process that was forked from a zygote may
+find the compiling done, in its own memory.) So one process can never mix two versions:
 not by a lazy import an hour after the file changed, not when it is broken or gone by then, and not through a
 stale ``.pyc``, because no ``.pyc`` of the tree is ever read.
 
@@ -26,7 +27,8 @@ import json
 import linecache
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from importlib.machinery import (
     EXTENSION_SUFFIXES,
     SOURCE_SUFFIXES,
@@ -40,6 +42,26 @@ from types import CodeType, ModuleType
 from typing import IO, Any
 
 from .ignored import is_ignored
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a source becomes, made beforehand.
+
+    Attributes:
+        code: its code, which nobody has run.
+        size: of the source in bytes.
+        lines: its text, as ``linecache`` keeps it.
+    """
+
+    code: CodeType
+    size: int
+    lines: list[str]
+
+
+PREPARED: dict[tuple[str, str], Prepared] = {}
+"""By sha256 and path of the source: made from those bytes by the zygote that this process was forked from,
+which read and checked them as :meth:`Pins.read` does. Each is used once."""
 
 
 class PinnedSourceError(ImportError):
@@ -69,7 +91,10 @@ class Pins:
         """Relative path to sha256 of every source that was compiled for execution in this process."""
         self.modules: dict[str, str] = {}
         """Module name to the relative path it was executed from."""
-        self._sources = sources
+        self.compiled: set[tuple[str, str]] = set()
+        """Sha256 and path of each source that was compiled in this process, or for it."""
+        self.sources = sources
+        self.base = base
         self._blobs = blobs
         self._ignore = ignore
         # A tree may be reached by the name that was given or by the real one behind links.
@@ -104,16 +129,7 @@ class Pins:
 
     def top_level_names(self) -> set[str]:
         """Return the names of what can be imported from some directory of the tree on ``sys.path``."""
-        names = set()
-        for path in self._sources:
-            directory, _, file = path.rpartition("/")
-            if file == "__init__.py":
-                directory, _, name = directory.rpartition("/")
-            else:
-                name = file.removesuffix(".py")
-            if f"{directory}/__init__.py" not in self._sources:
-                names.add(name)
-        return names
+        return top_level_names(self.sources, self.sources)
 
     def holds_root(self, directory: str) -> bool:
         """Whether a directory lies outside the tree and a root lies directly in it."""
@@ -123,7 +139,7 @@ class Pins:
 
     def has_source(self, relative: str) -> bool:
         """Whether the manifest has a source of this relative path."""
-        return relative in self._sources
+        return relative in self.sources
 
     def ignores(self, relative: str) -> bool:
         """Whether a path was left out of the tree."""
@@ -136,7 +152,7 @@ class Pins:
     def names_in(self, relative: str) -> Iterator[tuple[str, bool]]:
         """Yield (module name, whether it is a package) of what lies directly in a directory of the tree."""
         prefix = f"{relative}/" if relative else ""
-        for path in self._sources:
+        for path in self.sources:
             inside = path.removeprefix(prefix) if path.startswith(prefix) else ""
             parts = inside.split("/")
             if len(parts) == 1 and parts[0].endswith(".py") and parts[0] != "__init__.py":
@@ -150,21 +166,29 @@ class Pins:
         Raises:
             PinnedSourceError: the blob is missing or no longer has the manifest's sha256.
         """
-        expected = self._sources[relative]
         try:
-            with open(os.path.join(self._blobs, expected), "rb") as file:
-                content = file.read()
+            return read_blob(self._blobs, self.sources[relative])
         except OSError as error:
             raise PinnedSourceError(
                 f"pinned source of {relative}: {error}", name=module, path=relative
             ) from error
-        if hashlib.sha256(content).hexdigest() != expected:
-            raise PinnedSourceError(f"pinned source of {relative} is damaged", name=module, path=relative)
-        return content
+        except ValueError as error:
+            raise PinnedSourceError(
+                f"pinned source of {relative} is damaged", name=module, path=relative
+            ) from error
 
     def compile(self, relative: str, path: str, module: str) -> CodeType:
         """Return the code of a source, compiled from its pinned bytes, and put it on record as executed."""
-        return compile(self.take(relative, path, module), path, "exec", dont_inherit=True)
+        source = self.sources[relative], path
+        prepared = PREPARED.pop(source, None)
+        if prepared is not None:
+            linecache.cache[path] = (prepared.size, None, prepared.lines, path)
+            self._executes(relative, source[0], module)
+            code = prepared.code
+        else:
+            code = compile(self.take(relative, path, module), path, "exec", dont_inherit=True)
+        self.compiled.add(source)
+        return code
 
     def take(self, relative: str, path: str, module: str) -> bytes:
         """Return the pinned bytes of a source for execution, and put it on record as executed.
@@ -176,12 +200,56 @@ class Pins:
         """
         content = self.read(relative, module)
         with contextlib.suppress(SyntaxError, UnicodeError):  # Compiling it will say so.
-            lines = decode_source(content).splitlines(keepends=True)
             # An entry whose mtime is None is never checked against the disk.
-            linecache.cache[path] = (len(content), None, lines, path)
-        self.executed[relative] = hashlib.sha256(content).hexdigest()
-        self.modules[module] = relative
+            linecache.cache[path] = (len(content), None, lines_of(content), path)
+        self._executes(relative, hashlib.sha256(content).hexdigest(), module)
         return content
+
+    def _executes(self, relative: str, digest: str, module: str) -> None:
+        self.executed[relative] = digest
+        self.modules[module] = relative
+
+
+def lines_of(content: bytes) -> list[str]:
+    """Return the lines of a source as ``linecache`` keeps them."""
+    return decode_source(content).splitlines(keepends=True)
+
+
+def read_blob(blobs: str, digest: str) -> bytes:
+    """Return the bytes that have a sha256.
+
+    Raises:
+        OSError: the blob is missing.
+        ValueError: it holds other bytes.
+    """
+    with open(os.path.join(blobs, digest), "rb") as file:
+        content = file.read()
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise ValueError(f"the blob {digest} is damaged")
+    return content
+
+
+def top_level_names(
+    paths: Iterable[str], sources: Collection[str], *, base_is_package: bool = False
+) -> set[str]:
+    """Return the names of those among ``paths`` that can be top-level modules.
+
+    Args:
+        paths: relative paths of sources.
+        sources: those of the whole tree.
+        base_is_package: the directory that they are relative to is not on ``sys.path``, if it is a package.
+    """
+    inside = base_is_package and "__init__.py" in sources
+    names = set()
+    for path in paths:
+        directory, _, file = path.rpartition("/")
+        if file == "__init__.py":
+            directory, _, name = directory.rpartition("/")
+        else:
+            name = file.removesuffix(".py")
+        if f"{directory}/__init__.py" not in sources and (directory or not inside):
+            names.add(name)
+    return names
 
 
 class PinnedLoader(SourceFileLoader):

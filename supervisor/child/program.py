@@ -48,7 +48,7 @@ from io import TextIOWrapper
 from types import CodeType, ModuleType
 from typing import Any, NoReturn
 
-from . import attest, frames, functions, metrics, pinned, spawned
+from . import attest, frames, functions, loaded, metrics, pages, pinned, spawned
 
 _PR_SET_PDEATHSIG = 1
 _PARENT_WAIT_SECONDS = 10.0
@@ -100,6 +100,10 @@ class _Channel:
             except OSError:
                 return
 
+    def detach(self) -> tuple[socket.socket, frames.Decoder]:
+        """Give the connection away."""
+        return self._connection, self._decoder
+
     @property
     def ours(self) -> bool:
         """Whether the descriptor is still the channel: an application may close what it did not open."""
@@ -113,18 +117,15 @@ class _Channel:
         self._abandoned = True
         self._connection.detach()
 
-    def serve(self, pins: pinned.Pins, progress: attest.Progress) -> None:
+    def serve(self, pins: pinned.Pins, frozen: functions.Frozen | None, progress: attest.Progress) -> None:
         """Answer the supervisor until it is gone, and end this process then (runs in a thread)."""
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         next_metrics = time.monotonic() + _METRICS_INTERVAL_SECONDS
-        live = functions.Functions(pins)
+        live = functions.Functions(pins, frozen)
         pending = self._early
         while True:
             for frame in pending:
-                if frame.get("type") == "attest":
-                    self.send(attest.report(pins, live, str(frame.get("nonce")), progress))
-                elif frame.get("type") == "go":
-                    self.gate.set()
+                self._answer(frame, pins, live, progress)
             if not self.ours:
                 return  # The supervisor sees that this end is closed; the application goes on.
             # A timeout of the socket would bound the sends of the main thread, too.
@@ -141,6 +142,20 @@ class _Channel:
                 next_metrics = time.monotonic() + _METRICS_INTERVAL_SECONDS
                 self.send_metrics()
 
+    def _answer(
+        self, frame: frames.Frame, pins: pinned.Pins, live: functions.Functions, progress: attest.Progress
+    ) -> None:
+        match frame.get("type"):
+            case "attest":
+                self.send(attest.report(pins, live, str(frame.get("nonce")), progress))
+            case "go":
+                self.gate.set()
+            case "modules":
+                compiled = sorted(pins.compiled.copy())
+                self.send({"type": "modules", "modules": _libraries(pins), "compiled": compiled})
+                if live.forked:  # It is asked when it is live: nobody waits for it now.
+                    pages.make_own()
+
     def send_metrics(self) -> None:
         """Send the application's metrics, if it has any; too many of them are one that says so."""
         families = metrics.families()
@@ -152,6 +167,16 @@ class _Channel:
             self.send({"type": "metrics", "families": [metrics.failure(str(error))]})
 
 
+class _Ending:
+    """Tells the supervisor that the program is over; made before the channel that it goes through."""
+
+    channel: _Channel | None = None
+
+    def say(self) -> None:
+        if self.channel is not None:
+            self.channel.send({"type": "ended"})
+
+
 def run(descriptor: int, plain_modules: frozenset[str], run_name: str) -> NoReturn:
     """Run one child from its start message to its exit.
 
@@ -160,9 +185,22 @@ def run(descriptor: int, plain_modules: frozenset[str], run_name: str) -> NoRetu
         plain_modules: names that plain Python has in ``sys.modules`` when it starts a program.
         run_name: ``__name__`` of the bootstrap in the processes that this one spawns.
     """
-    os.set_inheritable(descriptor, False)
-    channel = _Channel(socket.socket(fileno=descriptor))
+    ending = _Ending()
+    # Registered first, so called last: the application's threads have ended, and so have its own handlers.
+    atexit.register(ending.say)
+    channel = _Channel(_socket(descriptor))
     start = channel.start_message()
+    frozen = None
+    if start["type"] == "preload":
+        from . import zygote  # noqa: PLC0415 -- a child that is started by itself does without
+
+        _die_with(int(start["supervisor_pid"]))
+        forked = zygote.serve(*channel.detach(), start, plain_modules)
+        channel = _Channel(_socket(forked.descriptor))
+        start = channel.start_message()
+        forked.environment.write(start["variables"])
+        frozen = forked.frozen
+    ending.channel = channel
     _die_with(int(start["supervisor_pid"]))
     if not faulthandler.is_enabled():
         faulthandler.enable(file=_STDERR, all_threads=True)
@@ -172,10 +210,8 @@ def run(descriptor: int, plain_modules: frozenset[str], run_name: str) -> NoRetu
     main = ModuleType("__main__")
     sys.modules["__main__"] = main
     os.register_at_fork(after_in_child=channel.abandon)
-    # Registered first, so called last: the application's threads have ended, and so have its own handlers.
-    atexit.register(channel.send, {"type": "ended"})
     progress = attest.Progress(threading.get_ident())
-    _thread.start_new_thread(channel.serve, (pins, progress))
+    _thread.start_new_thread(channel.serve, (pins, frozen, progress))
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)
     _end(channel, lambda: _live(channel, start["target"], main, pins, progress))
@@ -303,7 +339,7 @@ def _die_with(supervisor: int) -> None:
         return
     deadline = time.monotonic() + _PARENT_WAIT_SECONDS
     while os.getppid() != supervisor and time.monotonic() < deadline:
-        time.sleep(0.001)  # An intermediate process of a double fork is about to be gone.
+        time.sleep(0.0001)  # An intermediate process of a double fork is about to be gone.
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
@@ -316,6 +352,21 @@ def _end_orphan() -> NoReturn:
     time.sleep(_ORPHAN_GRACE_SECONDS)
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError("SIGKILL does not return")
+
+
+def _libraries(pins: pinned.Pins) -> list[tuple[str, str]]:
+    """Return name and origin of what is loaded from outside the tree, and is not ours."""
+    ours = __name__.partition(".")[0]
+    return [
+        (name, origin)
+        for name, origin in loaded.modules()
+        if name.partition(".")[0] != ours and not (os.path.isabs(origin) and attest.in_tree(pins, origin))
+    ]
+
+
+def _socket(descriptor: int) -> socket.socket:
+    os.set_inheritable(descriptor, False)
+    return socket.socket(fileno=descriptor)
 
 
 def _identity(descriptor: int) -> tuple[int, int] | None:

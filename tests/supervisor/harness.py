@@ -25,6 +25,9 @@ DEADLINE_SECONDS = 15.0
 SOAK = os.environ.get("WA_SOAK") == "1"
 """Whether everything is run that takes minutes (`make soak`), and not only a sample of it."""
 
+NO_ZYGOTE = os.environ.get("WA_TEST_NO_ZYGOTE") == "1"
+"""Whether every child is started by itself: both ways have to pass the same tests."""
+
 SCRIPT = """\
 import os, signal, sys, time
 sys.path.insert(0, "modules")
@@ -121,6 +124,7 @@ class Supervised:
                 f"--runtime-dir={self.runtime}",
                 f"--state-dir={folder / 'state'}",
                 "--listen=127.0.0.1:0",
+                *(["--no-zygote"] if NO_ZYGOTE else []),
                 *arguments,
             ],
             cwd=cwd,
@@ -177,11 +181,13 @@ def is_gone(process: psutil.Process) -> bool:
 
 
 def generations(process: psutil.Process) -> list[psutil.Process]:
-    """Return the children of a supervisor that are no compile helpers."""
+    """Return the children of a supervisor that are neither compile helpers nor the zygote."""
     found = []
     for child in process.children():
         with contextlib.suppress(psutil.Error):
-            if not any(word.endswith("compiler.py") for word in child.cmdline()):
+            helps = any(word.endswith("compiler.py") for word in child.cmdline())
+            is_zygote = child.environ().get("WA_TREE", "").startswith("-")
+            if not helps and not is_zygote:
                 found.append(child)
     return found
 

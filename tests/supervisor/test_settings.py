@@ -186,6 +186,7 @@ def test_every_option_is_a_key_of_the_file_spelt_as_the_flag(script: Target, tmp
         probation = 0
         max-memory = 1000
         max-age = 5.5
+        no-zygote = true
         env-file = "environment"
         runtime-dir = "run"
         state-dir = "state"

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from supervisor.lifecycle import Policy
-from tests.supervisor.harness import SOAK, Supervised, generations, until
+from tests.supervisor.harness import NO_ZYGOTE, SOAK, Supervised, generations, until
 
 Supervise = Callable[..., Supervised]
 
@@ -47,13 +47,14 @@ class Usage:
 
 
 def usage(started: Supervised, descriptors: int | None = None) -> Usage:
-    """Measure a supervisor that has come to rest: beside its child, a compile helper waits for work.
+    """Measure a supervisor that has come to rest: beside its child, compile helper and zygote wait for work.
 
     Its pipes are read to their end after that, so the descriptors are waited for as well, if it is known how
     many there were.
     """
     process = psutil.Process(started.process.pid)
-    until(lambda: (len(generations(process)), len(process.children())) == (1, 2))
+    until(lambda: NO_ZYGOTE or started.status()["zygote"]["state"] == "ready")
+    until(lambda: (len(generations(process)), len(process.children())) == (1, 2 if NO_ZYGOTE else 3))
     until(lambda: process.num_fds() <= (descriptors or sys.maxsize))
     children = generations(process)
     zombies = [child for child in children if child.status() == psutil.STATUS_ZOMBIE]
