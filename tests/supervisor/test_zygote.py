@@ -370,6 +370,20 @@ def test_zygote_outlives_a_child_that_crashes_and_not_the_supervisor(bench: Benc
     until(lambda: is_gone(live) and is_gone(zygote))
 
 
+def test_replaced_supervisor_ends_its_zygote_and_builds_its_own(bench: Bench) -> None:
+    started = bench.start()
+    started.expect("running 1 old")
+    zygote = psutil.Process(bench.ready())
+    live = started.live().pid
+    assert started.command("reexec").returncode == 0
+    bench.ready(other_than=zygote.pid)
+    assert is_gone(zygote)
+    assert started.live().pid == live
+    bench.answer(2)
+    started.expect("running 2 old")
+    assert bench.zygote["forks"] == 1
+
+
 def test_stop_ends_the_zygote(bench: Bench) -> None:
     started = bench.start()
     zygote = psutil.Process(bench.ready())
