@@ -187,7 +187,7 @@ def test_forked_child_is_what_a_process_of_its_own_would_be(bench: Bench) -> Non
 
 
 def edit(bench: Bench) -> None:
-    bench.write("library", "VALUE = 'new'  # and longer\n")
+    bench.write("library", "VALUE = 'new'  # longer, or the bytecode of a moment ago would do for Python\n")
 
 
 def shadow(bench: Bench) -> None:
