@@ -146,9 +146,16 @@ class Bench:
 
     def ready(self, other_than: int | None = None) -> int:
         """Wait for a zygote, and return its pid."""
-        until(lambda: self.zygote["state"] == "ready" and self.zygote["pid"] != other_than)
-        pid: int = self.zygote["pid"]
-        return pid
+        found: list[int] = []
+
+        def is_ready() -> bool:
+            zygote = self.zygote
+            if zygote["state"] == "ready" and zygote["pid"] != other_than:
+                found.append(zygote["pid"])
+            return bool(found)
+
+        until(is_ready)
+        return found[0]
 
 
 @pytest.fixture
