@@ -470,6 +470,7 @@ class Fleet:
             Plan(
                 modules=modules,
                 environment={k: v for k, v in environment.items() if k not in PLACEHOLDERS},
+                directory=str(self._directory),
                 manifest=str(running.manifest_file),
                 blobs=str(self._blobs),
                 first_path=str(script.resolve().parent if script is not None else self._directory),

@@ -99,6 +99,7 @@ class Plan:
     Attributes:
         modules: name and origin of each library module, in the order of their imports.
         environment: of the children, without what differs from child to child.
+        directory: that they work in; what is relative in the module search path is relative to it.
         manifest: file of the tree's manifest, and what is in it.
         blobs: directory of the pinned sources.
         first_path: what the application has as ``sys.path[0]``.
@@ -108,6 +109,7 @@ class Plan:
 
     modules: Sequence[tuple[str, str]]
     environment: Mapping[str, str]
+    directory: str
     manifest: str
     blobs: str
     first_path: str
@@ -376,7 +378,8 @@ class Zygote:
         wall = time.time_ns()
         try:
             with theirs:
-                pid = execute(theirs.fileno(), {**plan.environment, **PLACEHOLDERS}, "/", writer, writer)
+                environment = {**plan.environment, **PLACEHOLDERS}
+                pid = execute(theirs.fileno(), environment, plan.directory, writer, writer)
         except OSError as error:
             ours.close()
             os.close(reader)

@@ -130,7 +130,9 @@ class Bench:
 
     @property
     def environment(self) -> dict[str, str]:
-        return {"PYTHONPATH": os.pathsep.join([str(self.library), os.environ.get("PYTHONPATH", "")])}
+        # The empty entry is the working directory: of the child, not of whoever forks it.
+        inherited = os.environ.get("PYTHONPATH", "")
+        return {"PYTHONPATH": os.pathsep.join([str(self.library), *filter(None, [inherited]), ""])}
 
     def start(self, *arguments: str, **environment: str) -> Supervised:
         self.started = self._supervise(
