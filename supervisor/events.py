@@ -109,6 +109,13 @@ class Exceeded:
 
 
 @dataclass(frozen=True)
+class Finished:
+    """A child's program is over, and it holds nothing that another process could miss or wait for."""
+
+    number: int
+
+
+@dataclass(frozen=True)
 class Exited:
     """A child is gone and reaped, with all that it left behind.
 
@@ -182,6 +189,7 @@ Event = (
     | Ready
     | Beat
     | Exceeded
+    | Finished
     | Exited
     | Tick
     | Slept

@@ -450,6 +450,8 @@ class Fleet:
                 self._loaded(running, frame)
             case "ended":
                 running.over = True
+                if frame.get("traceless") is True and not self._lineages.has_strangers(self._helpers()):
+                    self._happened(events.Finished(running.number))
             case "failed":
                 running.failure = frame
 

@@ -12,8 +12,9 @@ and there is at most one LIVE, and at most one of the first three, the *candidat
 
 - The live child is not touched before the candidate is attested: in ``overlap`` it is asked to stop when the
   candidate went live, in ``replace`` when the candidate stands at its gate with everything imported.
-- In ``replace`` nobody is told to go while another child that was told to go still lives: never two live
-  mains.
+- In ``replace`` nobody is told to go before the program of every other child that was told to go is over:
+  never two live mains. It is over with its process, or when it says so and nothing is left of it that
+  another one could miss (:mod:`supervisor.child.traces`).
 - A tree is *known good* once a generation of it has served its probation: live, attested, neither ended nor
   hung. A tree that fails before that, as a candidate or on probation, is *quarantined*: nothing automatic
   starts it again until the disk holds another one. The newest tree that served without a fault takes its
@@ -54,6 +55,7 @@ from supervisor.events import (
     Event,
     Exceeded,
     Exited,
+    Finished,
     Go,
     Imported,
     Kill,
@@ -144,6 +146,7 @@ class Generation:
         ready: it said READY=1.
         attested: it was attested since it was told to go.
         was_started: it was told to go, so it may be at work.
+        finished: its program is over, and what is left of it concerns nobody.
         served_probation: its tree is known good once it has shown nothing wrong from here on:
         proof_due: a proof of its code is still to come,
         beat_due: and a sign of life.
@@ -161,6 +164,7 @@ class Generation:
     ready: bool = False
     attested: bool = False
     was_started: bool = False
+    finished: bool = False
     served_probation: bool = False
     proof_due: bool = False
     beat_due: bool = False
@@ -376,6 +380,12 @@ class _Step:
         if live is not None and self._served_since(live) + self._backoff_seconds() <= self.now:
             self._renew(live, event.cause, event.detail)
 
+    def finished(self, event: Finished) -> None:
+        draining = next((g for g in self.state.draining if g.number == event.number), None)
+        if draining is not None:
+            self._replace_draining(replace(draining, finished=True))
+            self._open_gate()
+
     def exited(self, event: Exited) -> None:
         gone = next((g for g in self.state.all if g.number == event.number), None)
         if gone is None:
@@ -512,7 +522,7 @@ class _Step:
         if not self.policy.overlap:
             if self.state.live is not None:
                 self._drain(self.state.live)
-            if any(g.was_started for g in self.state.draining):
+            if any(g.was_started and not g.finished for g in self.state.draining):
                 # The drain deadline of the others bounds this wait; it does not count against the candidate.
                 self._set_candidate(replace(candidate, deadline=None))
                 return
@@ -756,6 +766,8 @@ def step(policy: Policy, state: State, event: Event, now: float) -> tuple[State,
             work.beat(event)
         case Exceeded():
             work.exceeded(event)
+        case Finished():
+            work.finished(event)
         case Exited():
             work.exited(event)
         case Tick():

@@ -232,6 +232,10 @@ class Lineages:
             reaped.append(pid)
         return reaped
 
+    def has_strangers(self, known: Collection[int]) -> bool:
+        """Whether there are processes that some generation has left behind."""
+        return bool(self._strangers(known))
+
     def _strangers(self, known: Collection[int]) -> list[int]:
         """Return the pids of our children that we did not start, nor find at the start."""
         mains = (lineage.main.pid for lineage in self._generations.values())

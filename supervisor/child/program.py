@@ -48,7 +48,7 @@ from io import TextIOWrapper
 from types import CodeType, ModuleType
 from typing import Any, NoReturn
 
-from . import attest, frames, functions, loaded, metrics, pages, pinned, spawned
+from . import attest, frames, functions, loaded, metrics, pages, pinned, spawned, traces
 
 _PR_SET_PDEATHSIG = 1
 _PARENT_WAIT_SECONDS = 10.0
@@ -108,6 +108,11 @@ class _Channel:
     def ours(self) -> bool:
         """Whether the descriptor is still the channel: an application may close what it did not open."""
         return not self._abandoned and _identity(self._connection.fileno()) == self._identity
+
+    @property
+    def connection(self) -> socket.socket:
+        """The socket."""
+        return self._connection
 
     def abandon(self) -> None:
         """Let go of the channel in a process that the application forked: it speaks for its parent alone."""
@@ -174,7 +179,7 @@ class _Ending:
 
     def say(self) -> None:
         if self.channel is not None:
-            self.channel.send({"type": "ended"})
+            self.channel.send({"type": "ended", "traceless": not traces.are_left(self.channel.connection)})
 
 
 def run(descriptor: int, plain_modules: frozenset[str], run_name: str) -> NoReturn:

@@ -21,6 +21,7 @@ from supervisor.events import (
     Event,
     Exceeded,
     Exited,
+    Finished,
     Go,
     Imported,
     Kill,
@@ -348,6 +349,19 @@ def test_candidate_of_half_a_change_goes_and_one_that_was_told_to_go_stays() -> 
     assert run.state.live is not None
 
 
+def test_replacement_begins_when_the_old_program_is_over_and_has_left_nothing() -> None:
+    run = Run(REPLACE)
+    run.goes_live("a")
+    run.happens(TreeReady("b", "watch"))
+    run.happens(Imported(2))
+    assert Terminate(1) in run.happens(Attested(2, None))
+    assert run.happens(Finished(2)) == [], "it is not the one that is waited for"
+    assert Go(2) in run.happens(Finished(1))
+    assert [g.number for g in run.state.draining] == [1], "its process is still to end"
+    actions = run.happens(Exited(1, "exit status 0"))
+    assert not any(isinstance(action, Go) for action in actions), "nobody is told twice"
+
+
 def test_quarantine_is_lifted_by_another_tree_and_by_the_operator() -> None:
     run = Run(OVERLAP)
     run.goes_live("a")
@@ -587,6 +601,7 @@ class AnythingCanHappen(RuleBasedStateMachine):
         self.run = Run(self.policy)
         self.alive: set[int] = set()
         self.gone_through: set[int] = set()
+        self.finished: set[int] = set()
         self.proven: set[int] = set()
         self.reported: dict[int, int] = {}
         self.stopped = False
@@ -609,7 +624,8 @@ class AnythingCanHappen(RuleBasedStateMachine):
                     self.alive.add(number)
                 case Go(number):
                     assert number in self.proven, "told to go without an attestation"
-                    assert self.policy.overlap or not self.alive & self.gone_through, "two mains"
+                    mains = self.alive & self.gone_through - self.finished
+                    assert self.policy.overlap or not mains, "two mains"
                     self.gone_through.add(number)
                 case Kill(number):
                     self.killed.add(number)
@@ -682,6 +698,13 @@ class AnythingCanHappen(RuleBasedStateMachine):
         number = data.draw(st.sampled_from(sorted(self.alive)))
         self.alive.discard(number)
         self.happens(Exited(number, "exit status 1", importing=importing, blameless=blameless))
+
+    @precondition(lambda self: self.alive)
+    @rule(data=st.data())
+    def finishes(self, data: st.DataObject) -> None:
+        number = data.draw(st.sampled_from(sorted(self.alive)))
+        self.finished |= {g.number for g in self.run.state.draining if g.number == number}
+        self.happens(Finished(number))
 
     @rule(seconds=st.sampled_from([0.1, 1.0, 16.0, 31.0]))
     def time_passes(self, seconds: float) -> None:
