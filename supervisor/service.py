@@ -579,6 +579,7 @@ class Service:
         if self._live_is_new:
             self._live_is_new = False
             self._collect_garbage()
+            self._pipeline.prepare()  # The next save may come at once.
 
     def _remember(self) -> None:
         self._chronicle.remember(
