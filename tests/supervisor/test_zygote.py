@@ -444,6 +444,7 @@ def test_many_reloads_leave_nothing_behind(bench: Bench, measured: Callable[[str
         started.expect(r"reload \(watch\): live")
 
     reload(2)
+    until(lambda: len(ours.children()) == len(("the child", "the zygote", "the next compile helper")))
     descriptors = [ours.num_fds(), zygote.num_fds()]
     memory = [process.memory_info().rss for process in (ours, zygote)]
     reloads = 100 if SOAK else 10
