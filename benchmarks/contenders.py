@@ -1,7 +1,7 @@
 """Contenders: what is compared, how each is started, and which settings it is given.
 
 The rule: each gets the program in the form it is made for, and of its own settings those its documentation
-recommends; file events wherever it can use them. What only saves time at its start or in its log is not touched.
+recommends; file events wherever it can use them. Everything else is left as it comes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Literal
 
 ROOT = Path(__file__).parents[1]
 OURS = Path(sys.executable).parent
-PEERS = Path(os.environ.get("BENCH_PEERS", ROOT / ".venv-peers")) / "bin"
+PEERS = Path(os.environ.get("BENCH_PEERS", ROOT / ".venv-peers")).absolute() / "bin"
 
 Family = Literal["ours", "replaces", "patches"]
 """A peer replaces the process by one of the new code, or patches the process that runs."""
@@ -90,7 +90,7 @@ def ours(name: str, *options: str) -> Contender:
 
 
 def our_ways() -> list[Contender]:
-    """Return the supervisor in all ways that this version knows; the first is the one that others are held to."""
+    """Return the supervisor in all ways that this version knows; others are compared with the first."""
     if not has_zygote():
         return [ours("cold, replace"), ours("cold, overlap", "--handover=overlap")]
     return [
@@ -144,15 +144,17 @@ def peers() -> list[Contender]:
             "hupper",
             "replaces",
             "hupper",
-            "`hupper -m main`, with watchdog installed, so with file events",
+            "`hupper -m main`, with watchdog installed, so with file events; for a second after a start "
+            "it does not watch what was imported, so it is left in peace as long",
             lambda _: (PEERS / "hupper", "-m", "main"),
+            rest_seconds=1.5,
         ),
         Contender(
             "Django runserver",
             "replaces",
             "Django",
-            "`manage.py runserver`, its own reloader, which looks once a second; it misses what is saved within a "
-            "second of a start, so it is left in peace as long",
+            "`manage.py runserver`, its own reloader, which looks once a second; it misses what is saved "
+            "within a second of a start, so it is left in peace as long",
             lambda _: (python, "manage.py", "runserver", "127.0.0.1:0"),
             polls_seconds=1.0,
             rest_seconds=1.2,

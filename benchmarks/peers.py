@@ -1,7 +1,7 @@
-"""How we compare with what others use for the same purpose: all of them side by side, interleaved, in one run.
+"""How we compare with what others use for the same purpose: all of them interleaved, in one run.
 
-What is measured, and how it is kept fair, is in ``README.md``; who is measured in ``contenders.py``. Prints the
-report and writes it to ``benchmarks/results/peers.md``, the values to ``peers.json`` and a plot to ``peers.png``.
+What is measured, and how it is kept fair, is in ``README.md``; who is measured in ``contenders.py``. Prints
+the report and writes it to ``results/peers.md``, the values to ``peers.json`` and a plot to ``peers.png``.
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 import comparison
 import contenders
+import psutil
 from contenders import OURS, PEERS, Contender
 from service import (
     NotStartedError,
@@ -118,7 +117,7 @@ def noting(result: Result) -> Iterator[None]:
 
 
 def save_and_wait(service: Service, number: int) -> tuple[int, float | None, float | None]:
-    """Save a version; return when, and the milliseconds to its first line and to its being live and proven."""
+    """Save a version; return when, and the milliseconds to its first line and until it is live and proven."""
     saved = service.save(number)
     if not service.until(lambda: service.first(number, saved) is not None, NEW_CODE_SECONDS):
         return saved, None, None
@@ -132,7 +131,7 @@ def save_and_wait(service: Service, number: int) -> tuple[int, float | None, flo
 
 
 def saves(
-    service: Service, result: Result, files: int, count: int, chance: random.Random, first: int
+    service: Service, result: Result, files: int, count: int, *, chance: random.Random, first: int
 ) -> None:
     """Save ``count`` versions; with the smallest tree the gaps are measured, too."""
     for number in range(first, first + count):
@@ -170,7 +169,7 @@ def broken(service: Service, result: Result, kind: str, number: int) -> bool:
 
 
 def one_round(
-    contender: Contender, result: Result, base: Path, plan: Plan, turn: int, chance: random.Random
+    contender: Contender, result: Result, base: Path, plan: Plan, *, turn: int, chance: random.Random
 ) -> None:
     """Measure (a), (b) and (e) once, with the smallest tree."""
     tree = base / f"tree-{contender.name.replace(' ', '-')}"
@@ -179,7 +178,7 @@ def one_round(
     count = plan.saves * (OUR_FACTOR if contender.family == "ours" else 1)
     first = 1000 * (turn + 1)
     with serving(contender, tree, base / f"state-{tree.name}") as service:
-        saves(service, result, comparison.SMALLEST, count, chance, first)
+        saves(service, result, comparison.SMALLEST, count, chance=chance, first=first)
         again = [] if turn >= plan.broken_rounds else list(BROKEN)
         while again and broken(service, result, kind := again.pop(0), first + count + len(again)):
             pass
@@ -189,16 +188,16 @@ def one_round(
 
 
 def in_size(
-    contender: Contender, result: Result, base: Path, files: int, count: int, chance: random.Random
+    contender: Contender, result: Result, base: Path, files: int, *, count: int, chance: random.Random
 ) -> None:
-    """Measure (g): the time from a save to the new code in a tree of this size, all in the same tree in turn."""
+    """Measure (g): the time from a save to the new code in a tree of this size, in one tree in turn."""
     tree = base / "tree"
     if not tree.exists():
         make_tree(tree, files)
     number = 1000 * (1 + len(list(base.glob("wb-*"))))
     with serving(contender, tree, base / f"state-{contender.name.replace(' ', '-')}") as service:
         time.sleep(SETTLED_SECONDS)
-        saves(service, result, files, count, chance, number)
+        saves(service, result, files, count, chance=chance, first=number)
 
 
 def git(tree: Path, *words: str) -> None:
@@ -223,7 +222,8 @@ def make_repository(tree: Path) -> None:
 
 def checkout(service: Service, result: Result) -> None:
     """Measure (d): how many processes a checkout starts."""
-    time.sleep(FIX_SECONDS + service.contender.rest_seconds)  # Nothing that is checked out is of the second in which the program was read.
+    # Nothing that is checked out is of the second in which the program was read.
+    time.sleep(FIX_SECONDS + service.contender.rest_seconds)
     began = time.monotonic_ns()
     git(service.place.tree, "checkout", "-q", "two")
     service.saved()
@@ -241,7 +241,7 @@ def checkout(service: Service, result: Result) -> None:
 
 
 def stale(service: Service, result: Result, batches: int) -> None:
-    """Measure (c): how many of the edits that change neither size nor time of a file are not what runs then."""
+    """Measure (c): how many of the edits that keep size and time of a file are not what runs then."""
     edits = not_running = unnoticed = 0
     for digit in range(2, 2 + batches):
         began = time.monotonic_ns()
@@ -281,11 +281,12 @@ def git_and_stale(contender: Contender, result: Result, base: Path, plan: Plan) 
 
 
 def idle(everybody: Sequence[tuple[Contender, Result]], base: Path, files: int, seconds: float) -> None:
-    """Measure (f): all of them beside each other, at rest; times are the kernel's, memory is shared out (PSS)."""
+    """Measure (f): all of them beside each other, at rest; both figures are the kernel's."""
     with contextlib.ExitStack() as stack:
         running = []
         for contender, result in everybody:
-            own = contender.name.replace(" ", "-") if contender.family == "ours" else "peers"  # We remove .pyc.
+            # We remove the bytecode of others, so ours does not share its tree.
+            own = contender.name.replace(" ", "-") if contender.family == "ours" else "peers"
             tree = base / f"idle-{files}-{own}"
             if not tree.exists():
                 make_tree(tree, files)
@@ -337,7 +338,6 @@ def demo() -> dict[str, Any]:
         process = subprocess.Popen(
             [OURS / "wa-monitor", "demo"], env=environment, start_new_session=True,
             stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
         )  # fmt: skip
         try:
             return _memory_of_demo(process)
@@ -398,7 +398,7 @@ def measure(plan: Plan, only: str | None, parts: str, base: Path) -> dict[str, A
         for contender, result in chance.sample(everybody, len(everybody)):
             say(f"round {turn + 1}: {contender.name}")
             with noting(result):
-                one_round(contender, result, base, plan, turn, chance)
+                one_round(contender, result, base, plan, turn=turn, chance=chance)
     for contender, result in chance.sample(everybody, len(everybody)) if "c" in parts else ():
         say(f"checkout and stale code: {contender.name}")
         with noting(result):
@@ -408,7 +408,7 @@ def measure(plan: Plan, only: str | None, parts: str, base: Path) -> dict[str, A
         for contender, result in chance.sample(single, len(single)):
             say(f"{files} files: {contender.name}")
             with noting(result):
-                in_size(contender, result, here, files, plan.saves_in_size, chance)
+                in_size(contender, result, here, files, count=plan.saves_in_size, chance=chance)
         shutil.rmtree(here)
     for files in plan.idle_sizes if "f" in parts else ():
         say(f"idle with {files} files")
@@ -435,6 +435,10 @@ def main() -> None:
     parser.add_argument("--only", help="contenders whose name holds this text; keeps nothing")
     parser.add_argument("--parts", default="acgf", help="a: rounds; c: stale code, git; g: sizes; f: idle")
     given = parser.parse_args()
+    if (
+        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    ):  # A shell that starts us in the background does that.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     whole = not given.quick and given.only is None and given.parts == parser.get_default("parts")
     with tempfile.TemporaryDirectory(prefix="wb-", ignore_cleanup_errors=True) as folder:
         (Path(folder) / "git").mkdir()
@@ -452,7 +456,8 @@ def main() -> None:
         RESULTS / "peers.json",
         RESULTS / "peers.png",
     ]
-    subprocess.run(plot, check=True)
+    if subprocess.run(plot, check=False).returncode:
+        say("no plot: it needs matplotlib in the environment of the peers")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draw (a) against the size of the tree, from ``peers.json``. Runs in the environment of the peers, with matplotlib."""
+"""Draw (a) against the size of the tree, from ``peers.json``; runs where the peers are, with matplotlib."""
 
 from __future__ import annotations
 

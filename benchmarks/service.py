@@ -1,7 +1,7 @@
-"""Service: one contender at work in a folder, seen from outside: what its program writes, and what it costs.
+"""Service: one contender at work in a folder, seen from outside: what its program writes and costs.
 
-The rule: times are those that the program itself wrote into its lines, from the clock that the saves are taken
-from, so how often anybody looks at the file does not matter. Nothing is asked of a contender while it is timed.
+The rule: times are those that the program itself wrote into its lines, from the clock of the saves, so
+how often anybody looks at the file does not matter. Nothing is asked of a contender while it is timed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-
 from contenders import OURS, Contender, Place
 
 APPLICATION = Path(__file__).parent / "application"
