@@ -147,6 +147,7 @@ def peers() -> list[Contender]:
             "`hupper -m main`, with watchdog installed, so with file events; for a second after a start "
             "it does not watch what was imported, so it is left in peace as long",
             lambda _: (PEERS / "hupper", "-m", "main"),
+            polls_seconds=1.0,
             rest_seconds=1.5,
         ),
         Contender(
