@@ -160,8 +160,7 @@ class Service:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self._process.wait(10)
-        if self._follow_up is not None:
-            self._follow_up.wait(30)
+        self._finish_follow_up()
         self._notify.sendto(b"", str(self.place.scratch / "n"))
 
     def _last_words(self) -> str:
@@ -229,21 +228,26 @@ class Service:
 
     def write(self, text: str) -> int:
         """Save another text as the module with the version; return when, in nanoseconds."""
+        self._finish_follow_up()
         now = time.monotonic_ns()
         (self.place.tree / "version.py").write_text(text, encoding="utf-8")
         self.saved()
         return now
+
+    def _finish_follow_up(self) -> None:
+        """Wait until what followed the last save has ended; that is no time of the next one."""
+        if self._follow_up is not None:
+            self._follow_up.wait(30)
 
     def save(self, number: int) -> int:
         """Save a version, of another size than the one before; return when, in nanoseconds."""
         return self.write(f"def number() -> int:\n    return {number}\n{'#' * (number % 60)}\n")
 
     def saved(self) -> None:
-        """Do what has to follow a save, once what followed the last one has ended."""
+        """Do what has to follow a save."""
         if self.contender.after_save is None:
             return
-        if self._follow_up is not None:
-            self._follow_up.wait(30)
+        self._finish_follow_up()
         self._follow_up = subprocess.Popen(
             self.contender.after_save(self.place), cwd=self.place.tree, env=self._environment(),
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
