@@ -17,8 +17,11 @@ unexport PYTHONDONTWRITEBYTECODE PYTHONUNBUFFERED PYTHONPATH PYTHONHOME PYTHONST
 VENV := .venv
 STAMP := $(VENV)/complete
 
+# What `make bench` compares with is none of our dependencies and has an environment of its own.
+PEERS := .venv-peers
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak gauntlet lint format lock ci
+.PHONY: help demo test soak gauntlet bench lint format lock ci
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -35,6 +38,9 @@ soak: $(STAMP) ## what takes minutes: the whole kill matrix, 200 reloads in a ro
 
 gauntlet: $(STAMP) ## stale bytecode and proof on every supported interpreter of this machine; ARGS=--others leaves out ours
 	@bash .ci/gauntlet $(ARGS)
+
+bench: $(STAMP) $(PEERS)/complete ## against what others use, side by side, ten minutes; ARGS=--quick tries it
+	@BENCH_PEERS=$(PEERS) $(VENV)/bin/python benchmarks/peers.py $(ARGS)
 
 lint: $(STAMP) ## style, format, types, import contracts, the lock
 	@$(VENV)/bin/ruff check
@@ -68,3 +74,12 @@ $(STAMP): pyproject.toml requirements.lock
 	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check --require-hashes -r requirements.lock
 	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $(STAMP)
+
+$(PEERS)/complete: benchmarks/requirements.txt $(STAMP)
+	@echo "building the environment $(PEERS) of what we are compared with"
+	@rm -rf $(PEERS)
+	@$(VENV)/bin/python -m venv $(PEERS)
+	@install="$(PEERS)/bin/python -m pip install -qq --disable-pip-version-check --no-deps"; \
+	if $$install -r benchmarks/requirements.txt; then touch $@; else \
+		echo "not all can be installed: what is missing has a row that says so"; \
+		grep '^[^#]' benchmarks/requirements.txt | xargs -n 1 $$install || true; fi
