@@ -101,8 +101,8 @@ class Pins:
         self._bases = tuple(dict.fromkeys((base, os.path.realpath(base))))
         self._roots = tuple(dict.fromkeys([*roots, *(os.path.realpath(root) for root in roots)]))
         self._directories = {""}
-        for path in sources:
-            parts = path.split("/")[:-1]
+        for directory in {path.rpartition("/")[0] for path in sources}:  # Each once: a tree may be large.
+            parts = directory.split("/")
             self._directories.update("/".join(parts[:depth]) for depth in range(1, len(parts) + 1))
 
     @classmethod
@@ -240,15 +240,16 @@ def top_level_names(
         base_is_package: the directory that they are relative to is not on ``sys.path``, if it is a package.
     """
     inside = base_is_package and "__init__.py" in sources
-    names = set()
+    holders: dict[str, set[str]] = {}
     for path in paths:
         directory, _, file = path.rpartition("/")
         if file == "__init__.py":
-            directory, _, name = directory.rpartition("/")
-        else:
-            name = file.removesuffix(".py")
+            directory, _, file = directory.rpartition("/")
+        holders.setdefault(directory, set()).add(file)
+    names: set[str] = set()
+    for directory, files in holders.items():  # Each once: a tree may be large.
         if f"{directory}/__init__.py" not in sources and (directory or not inside):
-            names.add(name)
+            names.update(file.removesuffix(".py") for file in files)
     return names
 
 
