@@ -154,7 +154,8 @@ class CompileJob:
     def _close(self) -> str:
         """Free what was held and say how the helper ended."""
         place = self._place()
-        self._request.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # Whatever has become of its directory.
+            self._request.unlink()
         if isinstance(self._process, str):
             return self._process
         code = self._process.wait()  # It has closed its output or was killed: this takes no time.

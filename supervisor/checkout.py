@@ -175,7 +175,7 @@ class Checkout:
         around = (git.find(root) for root in self._roots)
         below = (git.at(Path(folder)) for folder in self._below)
         for repository in (*around, *below):
-            if repository is not None and (place := repository.directory.resolve()) not in seen:
+            if repository is not None and (place := git.real(repository.directory)) not in seen:
                 seen.add(place)
                 yield repository
 
@@ -240,7 +240,7 @@ def _holders(
     path: Path, facts: os.stat_result, repository: Repository
 ) -> tuple[list[Process], list[Process]]:
     """Return the processes that have a lock open, and those that may hold it closed."""
-    places = (repository.worktree.resolve(), repository.directory.resolve())
+    places = (git.real(repository.worktree), git.real(repository.directory))
     open_in, suspects = [], []
     for process in processes.table().values():
         if not process.memory_bytes:

@@ -6,6 +6,7 @@ what a running supervisor cannot change leaves everything as it was, and says wh
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -139,7 +140,7 @@ class Configuration:
 def _plain(settings: Settings | None) -> dict[str, Any]:
     """Return settings as values that do not change when they are written down and read again."""
     plain = msgspec.to_builtins(settings, enc_hook=str) if settings is not None else {}
-    again: dict[str, Any] = msgspec.msgpack.decode(msgspec.msgpack.encode(plain))
+    again: dict[str, Any] = json.loads(json.dumps(plain))
     return again
 
 

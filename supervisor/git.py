@@ -64,7 +64,7 @@ class Repository:
     def shared(self) -> Path:
         """The directory of what all worktrees have in common: references and configuration."""
         common = _read(self.directory / "commondir")
-        return (self.directory / common).resolve() if common else self.directory
+        return real(self.directory / common) if common else self.directory
 
     @property
     def locks(self) -> tuple[Path, ...]:
@@ -110,8 +110,8 @@ class Repository:
 
 def find(start: Path) -> Repository | None:
     """Return the repository that ``start`` lies in, by its real place or else by its name, or None."""
-    real = start.resolve()
-    for folder in (real, *real.parents, start, *start.parents):
+    place = real(start)
+    for folder in (place, *place.parents, start, *start.parents):
         if (repository := at(folder)) is not None:
             return repository
     return None
@@ -123,8 +123,13 @@ def at(folder: Path) -> Repository | None:
     if _holds_head(mark):
         return Repository(mark, folder)
     if (text := _read(mark)) is not None and text.startswith("gitdir: "):
-        return Repository((folder / text.removeprefix("gitdir: ")).resolve(), folder)
+        return Repository(real(folder / text.removeprefix("gitdir: ")), folder)
     return None
+
+
+def real(path: Path) -> Path:
+    """Return where a path leads; ``Path.resolve`` refuses one that leads in a circle."""
+    return Path(os.path.realpath(path))
 
 
 def _branch(reference: str) -> str | None:
@@ -151,9 +156,10 @@ def _read(path: Path, size: int = _MAX_REFERENCE_BYTES) -> str | None:
         with open(path, "rb", opener=_open_without_waiting) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 return None
-            return file.read(size).decode().strip()
-    except (OSError, ValueError):  # A name out of a file may hold anything, a zero byte as well.
+            text = file.read(size).decode().strip()
+    except (OSError, ValueError):  # A name out of a file may hold anything.
         return None
+    return text if "\0" not in text else None  # No name has a zero byte in it, and no call takes one.
 
 
 def _open_without_waiting(path: str, flags: int) -> int:

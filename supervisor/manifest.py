@@ -63,8 +63,8 @@ _MAX_LINKS_IN_PATH = 3
 """Links to directories that one path may go through; without a bound, twelve directories that link to each
 other have more names than can be listed."""
 
-_LEADS_NOWHERE = frozenset({errno.ENOENT, errno.ENOTDIR})
-"""Deleted since it was listed, or a link that leads nowhere: nothing that can be imported."""
+_LEADS_NOWHERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG})
+"""Deleted since it was listed, a link that leads nowhere, or too deep: nothing that can be imported."""
 
 _MAX_SOURCE_BYTES = 32 * 1024**2
 """What is larger is no source, whatever its name, and reading it would hold the main loop."""

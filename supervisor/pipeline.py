@@ -177,8 +177,9 @@ class Pipeline:
         *,
         uid: int | None = None,
         renew: bool = False,
+        at_once: bool = True,
     ) -> None:
-        """Ask for a reload now; every byte of the tree is read again.
+        """Ask for a reload; every byte of the tree is read again.
 
         Args:
             trigger: what asks for it.
@@ -186,9 +187,10 @@ class Pipeline:
             on_finish: called with its record when there is an outcome.
             uid: of the operator who asks.
             renew: a new process is wanted although the sources may be the same.
+            at_once: whether or not the tree has come to rest.
         """
         pending = self._begin(trigger, now)
-        pending.whole = True
+        pending.whole, pending.at_once = True, pending.at_once or at_once
         reload = pending.reload
         reload.trigger, reload.renew = trigger, reload.renew or renew
         reload.uid = uid if uid is not None else reload.uid
@@ -254,7 +256,9 @@ class Pipeline:
 
     def _begin(self, trigger: str, now: float) -> Settling:
         if self._pending is None:
-            self._pending = Settling(Reload(trigger, now), now)
+            self._pending = Settling(Reload(trigger, now), now, now)
+        if self._pending.waits:
+            self._pending.since = now
         self._pending.last_at = now
         self._pending.waits = self._pending.looked = False
         self._pending.take_up(trigger)
@@ -330,7 +334,7 @@ class Pipeline:
         if not self._repository.is_changing():
             return False
         pending = self._pending or self._begin("watch", now)
-        pending.not_before = now + _LOCK_LOOK_SECONDS
+        pending.hold(now, _LOCK_LOOK_SECONDS)
         return True
 
     def resume(self, now: float) -> None:
@@ -377,6 +381,7 @@ class Pipeline:
         """
         pending.take_up(pending.reload.trigger)
         reload, began = pending.reload, self._clock()
+        reload.restless = pending.is_overdue(now)
         found = self._find(pending, now)
         if self._torn:
             pending.not_before, self._pending = now + _LOCK_LOOK_SECONDS, pending
@@ -398,6 +403,8 @@ class Pipeline:
             and (live is None or live.digest != found.digest)
         ):
             pending.waits, self._pending = True, pending
+            if self._build is not None and self._build.reload is reload:
+                self._supersede_build(reload, found)  # It is of an older tree, and nobody waits for it.
             return False
         return self._decide(
             reload, found, now, live=live, under_way=under_way, outdated=outdated, whole=pending.whole
@@ -563,8 +570,7 @@ class Pipeline:
         self._cancel(build)
         self._build = None
         if build.reload is not newer:
-            newer.on_finish += build.reload.on_finish
-            build.reload.on_finish = []
+            build.reload.make_way(newer)
             self._end(build.reload, "superseded", detail=f"by tree {found.digest[:12]}")
 
     def _end(
@@ -631,7 +637,7 @@ class Pipeline:
         why = "by the operator's stop"
         self.give_up(why)
         pending, self._pending = self._pending, None
-        if pending is not None:
+        if pending is not None and pending.reload.outcome is None:
             self._end(pending.reload, "superseded", detail=why)
         self._compiler.close()
 

@@ -161,12 +161,14 @@ def replace_image(estate: Estate) -> Estate:
     sys.stdout.flush()
     try:
         with contextlib.ExitStack() as undo:
-            document = _memory_file(msgspec.msgpack.encode(estate))
+            document = _memory_file(_encode(estate))
             undo.callback(os.close, document)
             for descriptor in (document, *estate.descriptors):
                 os.set_inheritable(descriptor, True)
                 undo.callback(os.set_inheritable, descriptor, False)
             _exec(document)
+    except RefusedError as error:
+        return replace(estate, refused=str(error))
     except OSError as error:
         return replace(estate, refused=f"the new image could not be started: {error.strerror or error}")
 
@@ -203,6 +205,19 @@ def received() -> Estate | None:
     for descriptor in estate.descriptors:
         os.set_inheritable(descriptor, False)
     return estate
+
+
+def _encode(estate: Estate) -> bytes:
+    """Return an estate as it is handed over.
+
+    Raises:
+        RefusedError: it names what is not UTF-8, as a file of the tree may.
+    """
+    try:
+        return msgspec.msgpack.encode(estate)
+    except UnicodeEncodeError as error:
+        why = f"a name that is not UTF-8 cannot be handed over: {error.object!a}; restart the supervisor"
+        raise RefusedError(why) from error
 
 
 def _command() -> list[str]:
@@ -367,7 +382,7 @@ class _Trial:
 
     def __init__(self, estate: Estate, environment: Mapping[str, str]) -> None:
         self._received = bytearray()
-        document = _memory_file(msgspec.msgpack.encode(estate))
+        document = _memory_file(_encode(estate))
         reader, writer = os.pipe()
         os.set_blocking(reader, False)
         self._output = open(reader, "rb", buffering=0)  # noqa: PTH123, SIM115 -- closed at its end

@@ -34,6 +34,7 @@ class Reload:
         branch: the same; None if HEAD was detached.
         previous_commit: that of ``previous_tree``.
         previous_generation: the one that served when this one was started.
+        restless: it was begun although the tree had not come to rest.
         on_finish: called with the record when there is an outcome.
     """
 
@@ -55,6 +56,7 @@ class Reload:
     branch: str | None = None
     previous_commit: str | None = None
     previous_generation: int | None = None
+    restless: bool = False
     on_finish: list[Callable[[Reload], None]] = field(default_factory=list)
     identity: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     _marked_at: float | None = None
@@ -64,6 +66,12 @@ class Reload:
         since = self.began_at if self._marked_at is None else self._marked_at
         self.stages[stage] = self.stages.get(stage, 0.0) + now - since
         self._marked_at = now
+
+    def make_way(self, newer: Reload) -> None:
+        """Let who waits for this one wait for a newer one; of a tree that never rests there is always one."""
+        if not self.restless:
+            newer.on_finish += self.on_finish
+            self.on_finish = []
 
     def finish(
         self, outcome: Outcome, now: float, reason: Reason | None = None, detail: str | None = None

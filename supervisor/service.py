@@ -443,7 +443,7 @@ class Service:
         self._reporting.setting_problem(None)
         if changed:
             log.info("the environment has changed: a new generation takes it over")
-            self._pipeline.ask("config", time.monotonic(), renew=True)
+            self._pipeline.ask("config", time.monotonic(), renew=True, at_once=False)
 
     # --- pipeline -----------------------------------------------------------------------------------------
 
@@ -662,13 +662,16 @@ class Service:
         if reload is None or reload.tree not in {None, action.tree}:
             self._launching = reload
             reload = Reload(action.trigger, now)
-        before = self._live_manifest
+        manifest = self._manifests[action.tree]
+        before = self._live_manifest or self._manifests.get(self._state.served or "")
         reload.tree, reload.generation = action.tree, action.number
         reload.previous_tree = before.digest if before else self._state.served
+        if before is not None:  # While it was built, nothing may have been live.
+            reload.paths = before.changes(manifest)
         reload.previous_generation = self._last_live or None
         self._reloads[action.number] = reload
         self._configuration.started(action.number)
-        self._starter.start(action.number, self._manifests[action.tree], now)
+        self._starter.start(action.number, manifest, now)
 
     def _report(self, report: events.Report, now: float) -> None:
         reload = self._reloads.pop(report.number, None)
@@ -682,8 +685,7 @@ class Service:
         if reload.outcome is not None:
             return  # What is on disk now was known already.
         if report.outcome == "superseded" and self._launching is not None:
-            self._launching.on_finish += reload.on_finish  # Who waited for this one waits for the newer one.
-            reload.on_finish = []
+            reload.make_way(self._launching)
         if report.outcome in {"rejected", "rolled_back"} and reload.tree is not None:
             self._pipeline.rejected(reload.tree, f"{report.reason}: {report.detail}")
         if report.outcome == "live":

@@ -288,11 +288,9 @@ def _address(text: str) -> tuple[str, int]:
 
 def _is_within(script: Path, tree: Tree) -> bool:
     """Whether a script lies below a root, by the root's name or by its real place."""
-    spellings = (Path(os.path.normpath(script.absolute())), script.resolve())
-    roots = [Path(root) for root in tree.roots]
-    return any(
-        path.is_relative_to(place) for path in spellings for root in roots for place in (root, root.resolve())
-    )
+    spellings = (Path(os.path.normpath(script.absolute())), Path(os.path.realpath(script)))
+    places = [Path(place) for root in tree.roots for place in (root, os.path.realpath(root))]
+    return any(path.is_relative_to(place) for path in spellings for place in places)
 
 
 def _locate(target: Target) -> Path:

@@ -37,9 +37,11 @@ class Settling:
     Attributes:
         reload: the record that they belong to.
         last_at: time of the newest sign.
+        since: time from which the longest wait counts.
         dirty: absolute paths with a sign; their stat tuples are not trusted.
         unfinished: those that somebody may still be writing.
         whole: look at every byte of the tree and at every cache directory.
+        at_once: somebody waits for it: the tree need not come to rest.
         not_before: time before which git, a writer, or a machine without memory holds us.
         waits: it was looked at and is held by a pause.
         looked: what is on disk is on its way already, and nothing has happened since.
@@ -48,9 +50,11 @@ class Settling:
 
     reload: Reload
     last_at: float
+    since: float
     dirty: set[str] = field(default_factory=set)
     unfinished: set[str] = field(default_factory=set)
     whole: bool = False
+    at_once: bool = False
     not_before: float = 0.0
     waits: bool = False
     looked: bool = False
@@ -67,14 +71,23 @@ class Settling:
         if self.reload.outcome is not None:
             self.reload = Reload(trigger, self.last_at)
 
+    def hold(self, now: float, seconds: float) -> None:
+        """Wait for what is not ours to end; the tree gets all of its time after it."""
+        self.not_before = now + seconds
+        self.since = max(self.since, now)
+
     def calm_at(self, quiet_seconds: float | None) -> float:
         """Return when the quiet period will be over, None for the adaptive one."""
-        if self.whole:
+        if self.at_once:
             return self.reload.began_at
         if quiet_seconds is None:
             calm = len(self.dirty) <= 1 and not self.unfinished
             quiet_seconds = _QUIET_ONE_FILE_SECONDS if calm else _QUIET_MANY_SECONDS
-        return min(self.last_at + quiet_seconds, self.reload.began_at + MAX_SETTLE_SECONDS)
+        return min(self.last_at + quiet_seconds, self.since + MAX_SETTLE_SECONDS)
+
+    def is_overdue(self, now: float) -> bool:
+        """Whether it has not come to rest in all the time that it gets."""
+        return not self.at_once and now >= self.since + MAX_SETTLE_SECONDS
 
     @property
     def may_look_ahead(self) -> bool:
@@ -89,7 +102,7 @@ class Settling:
         self, now: float, is_written: Callable[[str], bool | None] = writers.is_written
     ) -> bool:
         """Whether somebody still writes to one of the paths; it is to be asked again in a moment then."""
-        if self.whole or now >= self.reload.began_at + MAX_SETTLE_SECONDS:
+        if self.at_once or self.is_overdue(now):
             return False
         # More than these is no editor that saves a file, and asking about each would take its time.
         asked = self.unfinished if len(self.dirty) > _MOST_ASKED_ABOUT else self.dirty

@@ -140,13 +140,17 @@ class Succession:
         if self._wish is None:
             self._refused_at = time.monotonic() + PATIENCE_SECONDS
             self._uid = client.uid if client is not None else None
-            self._wish = Replacement(
-                self._own.tree,
-                scratch=self._scratch,
-                environment=self._environment,
-                selector=self._selector,
-                estate=self._desk.describe,
-            )
+            try:
+                self._wish = Replacement(
+                    self._own.tree,
+                    scratch=self._scratch,
+                    environment=self._environment,
+                    selector=self._selector,
+                    estate=self._desk.describe,
+                )
+            except OSError as error:
+                why = f"cannot write to {self._scratch}: {error.strerror or error}"
+                raise RefusedError(why) from error
         if client is not None:
             self._clients.append(client)
 

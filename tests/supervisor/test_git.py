@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from supervisor import git
+from supervisor.checkout import Checkout
 from supervisor.git import Head, Repository
+from supervisor.manifest import Tree
 from tests.supervisor.helpers_edges import run_git
 
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
@@ -197,3 +199,25 @@ def test_folder_in_a_bare_repository_belongs_to_none(tmp_path: Path) -> None:
     run_git(tmp_path, "init", "--quiet", "--bare", ".")
     (tmp_path / "tree").mkdir()
     assert git.find(tmp_path / "tree") is None
+
+
+@pytest.mark.parametrize("place", ["a\0b", "circle"])
+@pytest.mark.parametrize("file", [".git", ".git/commondir"])
+def test_names_that_lead_to_no_place_say_nothing(tmp_path: Path, file: str, place: str) -> None:
+    if "/" in file:
+        (tmp_path / ".git").mkdir()
+        (tmp_path / ".git" / "HEAD").write_text("ref: refs/heads/main\n", encoding="utf-8")
+        (tmp_path / ".git" / "circle").symlink_to("circle")
+    (tmp_path / "circle").symlink_to("circle")
+    prefix = "" if "/" in file else "gitdir: "
+    (tmp_path / file).write_text(f"{prefix}{place}\n", encoding="utf-8")
+    found = git.at(tmp_path)
+    assert found is None or found.head().commit is None
+    checkout = Checkout(Tree((str(tmp_path),)))
+    assert not checkout.is_changing()
+    checkout.mark()
+
+
+def test_root_that_is_a_link_in_a_circle_lies_in_no_repository_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "circle").symlink_to("circle")
+    assert git.find(tmp_path / "circle") == git.find(tmp_path)

@@ -447,3 +447,17 @@ def test_root_that_may_not_be_listed_is_an_error(root: Path) -> None:
     root.chmod(0)
     assert run_unprivileged(IMPORTS, LOOK, str(root)).startswith(f"cannot read {root}: Permission denied")
     root.chmod(0o755)
+
+
+def test_what_is_too_deep_for_a_name_is_nothing_that_could_be_imported(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("VALUE = 1\n", encoding="utf-8")
+    here = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(20):  # Names of 250 characters: longer together than any path may be.
+        os.mkdir("d" * 250, dir_fd=here)
+        here, above = os.open("d" * 250, os.O_RDONLY, dir_fd=here), here
+        os.close(above)
+    os.close(os.open("b.py", os.O_CREAT | os.O_WRONLY, dir_fd=here))
+    os.close(here)
+    tree = Tree((str(tmp_path),))
+    found = manifest.scan(tree, None, lambda content: hashlib.sha256(content).hexdigest())
+    assert list(found.manifest.sources) == ["a.py"]

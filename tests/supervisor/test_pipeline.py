@@ -19,6 +19,7 @@ from supervisor.checkout import Checkout
 from supervisor.manifest import Manifest, Tree
 from supervisor.pipeline import Built, Pipeline
 from supervisor.reload import Reload
+from supervisor.settling import MAX_SETTLE_SECONDS
 from supervisor.watch import Hint
 from tests.supervisor.helpers_edges import run_git
 
@@ -365,3 +366,83 @@ def test_machine_that_cannot_compile_now_is_no_mistake_of_the_sources_and_is_tri
     assert bench.gate()
     assert bench.launched[-1].manifest.digest == bench.disk()
     assert bench.launched[-1].reload is not rejected
+
+
+def test_half_a_file_that_is_being_written_when_a_pause_ends_is_not_built(bench: Bench) -> None:
+    bench.pipeline.paused = True
+    bench.save("b.py", "VALUE = 1\n")
+    bench.advance(MAX_SETTLE_SECONDS + CALM_SECONDS)
+    with (bench.tree / "a.py").open("w", encoding="utf-8") as file:
+        file.write("VALUE = (")
+        file.flush()
+        bench.pipeline.hint([Hint(str(bench.tree / "a.py"), finished=False)], bench.now)
+        bench.pipeline.resume(bench.now)
+        bench.advance(CALM_SECONDS)
+        assert bench.pipeline.job is None
+        file.write("1)\n")
+    bench.advance(CALM_SECONDS)
+    assert bench.build() is not None
+    assert bench.ended == []
+
+
+@pytest.mark.parametrize("bench", ["git"], indirect=True)
+def test_a_tree_that_git_has_held_for_long_may_come_to_rest_after_it(bench: Bench) -> None:
+    lock = bench.tree / ".git" / "index.lock"
+    lock.touch()
+    bench.save("b.py", "VALUE = 1\n")
+    bench.advance(CALM_SECONDS)
+    bench.advance(MAX_SETTLE_SECONDS)
+    with (bench.tree / "a.py").open("w", encoding="utf-8") as file:
+        file.write("VALUE = (")
+        file.flush()
+        bench.pipeline.hint([Hint(str(bench.tree / "a.py"), finished=False)], bench.now)
+        lock.unlink()
+        bench.advance(CALM_SECONDS)
+        assert bench.pipeline.job is None
+        file.write("1)\n")
+    bench.advance(CALM_SECONDS)
+    assert bench.build() is not None
+    assert bench.ended == []
+
+
+def test_new_settings_that_nobody_waits_for_do_not_hurry_a_tree(bench: Bench) -> None:
+    with (bench.tree / "a.py").open("w", encoding="utf-8") as file:
+        file.write("VALUE = (")
+        file.flush()
+        bench.pipeline.hint([Hint(str(bench.tree / "a.py"), finished=False)], bench.now)
+        bench.pipeline.ask("config", bench.now, renew=True, at_once=False)
+        bench.advance(CALM_SECONDS)
+        assert bench.pipeline.job is None
+        file.write("1)\n")
+    bench.advance(CALM_SECONDS)
+    assert bench.build() is not None
+    assert bench.ended == []
+
+
+def test_what_does_not_compile_is_let_go_when_a_pause_holds_what_came_after_it(bench: Bench) -> None:
+    bench.save("a.py", "def (\n")
+    bench.advance()
+    assert bench.build() is None
+    bench.pipeline.paused = True
+    bench.save("b.py", "VALUE = 1\n")
+    bench.advance(CALM_SECONDS)
+    assert not bench.pipeline.busy
+    assert bench.ended == []
+
+
+def test_who_waits_for_a_tree_that_never_rests_is_answered_all_the_same(bench: Bench) -> None:
+    bench.pipeline.ask("cli", bench.now, lambda _: None)
+    for number in range(150):
+        bench.save("a.py", f"VALUE = {number}\n", finished=False)
+        bench.save("b.py", f"VALUE = {number}\n", finished=False)
+        bench.advance(0.1)
+    assert [reload.outcome for reload in bench.ended if reload.on_finish] == ["superseded"]
+    bench.pipeline.close()
+
+
+def test_stop_ends_what_is_built_ahead_once(bench: Bench) -> None:
+    bench.save("a.py", "VALUE = 1\n")
+    bench.advance()
+    assert bench.pipeline.job is not None
+    bench.pipeline.close()
+    assert [reload.outcome for reload in bench.ended] == ["superseded"]

@@ -266,6 +266,24 @@ def test_if_exec_fails_the_same_program_goes_on_with_everything(
     assert started.process.wait(15) == 0
 
 
+def test_what_cannot_be_handed_over_or_prepared_is_refused_and_everything_goes_on(
+    package: Path, ticking: Path, supervise: Supervise
+) -> None:
+    started = supervise("main.py", cwd=ticking, PYTHONPATH=str(package))
+    begun(started)
+    (started.runtime / "package").touch()
+    answer = started.command("reexec")
+    assert (answer.returncode, "cannot write to" in answer.stderr) == (1, True), answer.stderr
+    (started.runtime / "package").unlink()
+    assert started.command("reexec").returncode == 0
+    odd = ticking / os.fsdecode(b"\xff.py")
+    odd.write_text("VALUE = 1\n", encoding="utf-8")
+    until(lambda: generation(started) == 2 and in_sync(started))
+    answer = started.command("reexec")
+    assert (answer.returncode, "not UTF-8" in answer.stderr) == (1, True), answer.stderr
+    assert generation(started) == 2
+
+
 def test_what_happens_between_two_images_is_seen_by_the_next(
     package: Path, ticking: Path, supervise: Supervise
 ) -> None:

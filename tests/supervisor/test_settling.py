@@ -19,7 +19,7 @@ HOLD = "import sys; file = open(sys.argv[1], sys.argv[2]); print(flush=True); sy
 
 
 def settling() -> Settling:
-    return Settling(Reload("watch", 0.0), 0.0)
+    return Settling(Reload("watch", 0.0), 0.0, 0.0)
 
 
 def test_one_finished_file_is_looked_at_at_once_and_hands_over_after_the_short_quiet_period() -> None:
