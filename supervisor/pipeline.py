@@ -37,7 +37,7 @@ from supervisor.errors import SourceError
 from supervisor.events import AUTOMATIC_TRIGGERS, OPERATOR_TRIGGERS, Outcome, Reason
 from supervisor.manifest import Manifest, Snapshot, Tree
 from supervisor.reload import Reload
-from supervisor.settling import Settling
+from supervisor.settling import BURST_SECONDS, Settling
 from supervisor.watch import Hint
 
 _LOCK_LOOK_SECONDS = 0.05
@@ -110,6 +110,8 @@ class Pipeline:
         self._clock = clock
         self._snapshot: Snapshot | None = None
         self._pending: Settling | None = None
+        self._changed_last = "", -math.inf
+        """The last path that an event told of, and when."""
         self._build: _Build | None = None
         self._compiled: Manifest | None = None
         self._again: set[str] = set()
@@ -168,6 +170,7 @@ class Pipeline:
         pending = self._begin("watch", now)
         for hint in hints:
             pending.sign(hint.path, now, finished=hint.finished)
+            self._changed_last = hint.path, now
 
     def ask(
         self,
@@ -256,7 +259,9 @@ class Pipeline:
 
     def _begin(self, trigger: str, now: float) -> Settling:
         if self._pending is None:
-            self._pending = Settling(Reload(trigger, now), now, now)
+            path, at = self._changed_last
+            before = frozenset({path} if now - at <= BURST_SECONDS else ())
+            self._pending = Settling(Reload(trigger, now), now, now, before)
         if self._pending.waits:
             self._pending.since = now
         self._pending.last_at = now

@@ -5,7 +5,8 @@ so it is built, started and verified while the quiet period still runs. The *han
 period, so that whatever else changes meanwhile is part of the same reload. The rules:
 
 - As soon as a second path changes there is no look before the tree has come to rest: each look at half a
-  change may start a process for nothing.
+  change may start a process for nothing. That holds also when the first one was taken over already, if it was
+  a moment ago: of several files that are saved one after the other, all but the first are one reload.
 - A path that somebody still has open for writing holds both, a pause between two writes is no end.
 - No wait without a bound: after :data:`MAX_SETTLE_SECONDS` the tree is looked at as it is. Only a running git
   that holds a lock holds us longer.
@@ -20,6 +21,9 @@ from dataclasses import dataclass, field
 
 from supervisor import writers
 from supervisor.reload import Reload
+
+BURST_SECONDS = 0.5
+"""Longest time between changes of two files that are taken for parts of one."""
 
 MAX_SETTLE_SECONDS = 5.0
 """Longest wait for a tree to come to rest."""
@@ -39,6 +43,7 @@ class Settling:
         last_at: time of the newest sign.
         since: time from which the longest wait counts.
         dirty: absolute paths with a sign; their stat tuples are not trusted.
+        before: the path of the change before this one, if that was a moment ago: somebody saves several.
         unfinished: those that somebody may still be writing.
         whole: look at every byte of the tree and at every cache directory.
         at_once: somebody waits for it: the tree need not come to rest.
@@ -51,6 +56,7 @@ class Settling:
     reload: Reload
     last_at: float
     since: float
+    before: frozenset[str] = frozenset()
     dirty: set[str] = field(default_factory=set)
     unfinished: set[str] = field(default_factory=set)
     whole: bool = False
@@ -81,8 +87,7 @@ class Settling:
         if self.at_once:
             return self.reload.began_at
         if quiet_seconds is None:
-            calm = len(self.dirty) <= 1 and not self.unfinished
-            quiet_seconds = _QUIET_ONE_FILE_SECONDS if calm else _QUIET_MANY_SECONDS
+            quiet_seconds = _QUIET_ONE_FILE_SECONDS if self._is_one_file else _QUIET_MANY_SECONDS
         return min(self.last_at + quiet_seconds, self.since + MAX_SETTLE_SECONDS)
 
     def is_overdue(self, now: float) -> bool:
@@ -92,7 +97,11 @@ class Settling:
     @property
     def may_look_ahead(self) -> bool:
         """Whether it is worth a look before it has come to rest: it is one finished file."""
-        return len(self.dirty) == 1 and not self.unfinished and not self.looked_ahead and not self.whole
+        return bool(self.dirty) and self._is_one_file and not self.looked_ahead and not self.whole
+
+    @property
+    def _is_one_file(self) -> bool:
+        return len(self.dirty | self.before) <= 1 and not self.unfinished
 
     def due_at(self, quiet_seconds: float | None) -> float:
         """Return when something is to be done about it at the earliest."""

@@ -143,6 +143,26 @@ def test_second_file_that_follows_at_once_is_part_of_the_same_reload(bench: Benc
     assert bench.ended == [], "nothing is told of the half"
 
 
+def test_files_that_are_saved_one_after_the_other_are_two_reloads_and_not_as_many_as_files(
+    bench: Bench,
+) -> None:
+    bench.save("a.py", "VALUE = 1\n")
+    bench.advance()
+    assert bench.build() is not None
+    bench.advance(0.05)
+    assert bench.gate()
+    for number in range(5):
+        bench.save(f"c{number}.py", "VALUE = 1\n")
+        bench.advance(0.1)
+        assert bench.pipeline.job is None
+    bench.advance(0.1)
+    second = bench.build()
+    assert second is not None
+    assert bench.gate()
+    assert len(second.reload.paths) == 5
+    assert bench.ended == []
+
+
 def test_half_that_does_not_compile_is_not_told_if_the_rest_follows(bench: Bench) -> None:
     bench.save("a.py", "VALUE = (\n")
     bench.advance()

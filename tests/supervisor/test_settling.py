@@ -42,6 +42,15 @@ def test_second_path_takes_the_early_look_away_and_makes_the_quiet_period_longer
     assert two.due_at(None) == two.calm_at(None) == pytest.approx(1.151)
 
 
+def test_file_that_follows_another_one_is_waited_for_as_for_several() -> None:
+    next_one = Settling(Reload("watch", 1.0), 1.0, 1.0, before=frozenset({"a.py"}))
+    next_one.sign("a.py", 1.0, finished=True)
+    assert next_one.may_look_ahead, "the same file is saved twice"
+    next_one.sign("b.py", 1.0, finished=True)
+    assert not next_one.may_look_ahead
+    assert next_one.due_at(None) == pytest.approx(1.15)
+
+
 def test_file_that_its_writer_has_not_closed_is_not_looked_at_early() -> None:
     half = settling()
     half.sign("a.py", 1.0, finished=False)
