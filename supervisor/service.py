@@ -70,8 +70,9 @@ _HOUSEKEEPING_SECONDS = 0.5
 _LOOP_HANGS_SECONDS = 5.0
 _SUSPECT_INTERVAL_SECONDS = 5.0
 _GATE_LOOK_SECONDS = 0.02
-_SCANS_SHARE = 200
-"""A scan is followed by a pause this many times as long: it takes half a percent of a core at most."""
+_SCANS_SHARE = 300
+"""A scan is followed by a pause this many times as long: it takes a third of a percent of a core at most."""
+_GIT_LOOK_SECONDS = 2.0
 _OVERSLEPT_SECONDS = 1.0
 _CLOSE_SECONDS = 2.0
 
@@ -192,7 +193,7 @@ class Service:
         self._last_live = 0
         self._live_is_new = False
         self._changed = True
-        self._housekeeping_at = self._scan_at = self._verify_at = self._suspect_at = 0.0
+        self._housekeeping_at = self._git_at = self._scan_at = self._verify_at = self._suspect_at = 0.0
         self._git_facts: dict[str, Any] | None = None
         self._turned_at = time.monotonic()
         self._status: dict[str, Any] = {}
@@ -391,7 +392,9 @@ class Service:
         if live is not None and now >= self._verify_at:
             self._verify_at = now + self._settings.verify_interval_seconds
             self._fleet.attest(live.number)
-        self._follow_git(now)
+        if self._pipeline.busy or now >= self._git_at:
+            self._git_at = now + _GIT_LOOK_SECONDS
+            self._follow_git(now)
         self._fleet.look()
         self._pipeline.prepare()
         self._hold_to_limits(live, self._reporting.sample(live))

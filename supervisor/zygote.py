@@ -48,7 +48,8 @@ FORK_SECONDS = 1.0
 """Longest time that a start waits for the zygote. It takes 2 to 4 milliseconds."""
 
 _BUILD_SECONDS = 60.0
-_LOOK_SECONDS = 2.0
+_LOOK_SECONDS = 5.0
+"""Between two looks for a reason to build it anew; before each fork there is one in any case."""
 _FIRST_WAIT_SECONDS = 1.0
 _LONGEST_WAIT_SECONDS = 300.0
 _HEALTHY_SECONDS = 60.0
