@@ -1,173 +1,52 @@
-"""Command line: arguments to settings to exit code.
+"""Command line: words to settings to exit code.
 
 The rule: an error is one sentence on stderr and the exit code of the contract; nobody sees a traceback for a
 mistake of their own. Tables and colour only for people: ``--json`` prints the documents of
 :mod:`supervisor.status` unchanged.
 
-``run`` takes everything from TARGET on as the target's own, so its flags never mix with ours.
+A command loads what it needs and no more: none waits for what only another one uses.
 """
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import logging
 import os
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from supervisor import control, logfile
+from supervisor import control, flags, logfile
 from supervisor.errors import SupervisorError, UsageError
+from supervisor.flags import Parser
 from supervisor.logfile import CHILD_LOG
 from supervisor.output import Output, fill_standard_descriptors
-from supervisor.settings import (
-    Handover,
-    Options,
-    ServiceType,
-    Settings,
-    load_options,
-    merge,
-    parse_target,
-    resolve,
-    runtime_dir,
-)
+from supervisor.settings import Settings, load_file, merge, parse_target, resolve, runtime_dir
 
 EXIT_FAILED = 1
 EXIT_DIFFERS = 3
+EXIT_INTERRUPTED = 130
 _ANSWER_SECONDS = 10.0
 
-app = typer.Typer(
-    help="Keep one Python program running on exactly the code that is on disk, and prove it.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
 
-RuntimeDir = Annotated[
-    str | None,
-    typer.Option("--runtime-dir", help="Which supervisor: the directory of its socket.", show_default=False),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the documented JSON instead of a table.")]
+# --- the commands -----------------------------------------------------------------------------------------
 
 
-@app.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})
-def run(
-    target: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="TARGET [ARGS]...",
-            help="path/to/script.py, package.module:callable or -m package.module; then its arguments.",
-        ),
-    ],
-    *,
-    watch: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Folder of code; repeatable. Default: the target's top package, or the script's folder."
-        ),
-    ] = None,
-    ignore: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="GLOB", help="Name, or path below the watched folder, to leave out; repeatable."
-        ),
-    ] = None,
-    config: Annotated[Path | None, typer.Option(help="TOML file; every flag is a key.")] = None,
-    type_: Annotated[
-        ServiceType | None,
-        typer.Option(
-            "--type",
-            help="simple: ready when alive and attested. notify: waits for READY=1. [default: simple]",
-        ),
-    ] = None,
-    handover: Annotated[
-        Handover | None,
-        typer.Option(
-            help="replace: never two at work. overlap: the new one is ready first. [default: replace]"
-        ),
-    ] = None,
-    ready_timeout: Annotated[
-        float | None, typer.Option(help="Seconds until a start has failed. [default: 30]")
-    ] = None,
-    watchdog: Annotated[
-        float | None,
-        typer.Option(help="Longest silence of a notify child in seconds; 0 = off. [default: 15]"),
-    ] = None,
-    stop_timeout: Annotated[
-        float | None, typer.Option(help="Seconds from SIGTERM to SIGKILL. [default: 20]")
-    ] = None,
-    quiet: Annotated[
-        float | None, typer.Option(help="Quiet period in seconds. [default: 0.015, 0.15 for several files]")
-    ] = None,
-    scan_interval: Annotated[
-        float | None, typer.Option(help="Seconds between looks at the tree. [default: 2]")
-    ] = None,
-    rehash_interval: Annotated[
-        float | None,
-        typer.Option(help="Seconds within which every file is read again. [default: 300]"),
-    ] = None,
-    verify_interval: Annotated[
-        float | None, typer.Option(help="Seconds between attestations. [default: 30]")
-    ] = None,
-    probation: Annotated[
-        float | None,
-        typer.Option(help="Seconds that new code must serve before it is known good. [default: 30]"),
-    ] = None,
-    max_memory: Annotated[
-        int | None, typer.Option(help="Resident memory in bytes from which a child is replaced.")
-    ] = None,
-    max_age: Annotated[
-        float | None, typer.Option(help="Seconds of service after which a child is replaced.")
-    ] = None,
-    no_zygote: Annotated[
-        bool | None,
-        typer.Option("--no-zygote", help="Start each child by itself, not from a preloaded process."),
-    ] = None,
-    env_file: Annotated[
-        str | None,
-        typer.Option(help="File of NAME=value lines for the child; a change makes a new generation."),
-    ] = None,
-    runtime_dir: RuntimeDir = None,
-    state_dir: Annotated[
-        str | None, typer.Option(help="Directory for pinned sources.", show_default=False)
-    ] = None,
-    listen: Annotated[
-        str | None,
-        typer.Option(
-            help="HOST:PORT of /metrics and /status.json; port 0 picks one. [default: 127.0.0.1:9464]"
-        ),
-    ] = None,
-) -> None:
-    """Run TARGET and keep it on the code that is on disk."""
-    flags = Options(
-        watch=tuple(watch) if watch else None,
-        ignore=tuple(ignore) if ignore else None,
-        type=type_,
-        handover=handover,
-        ready_timeout=ready_timeout,
-        watchdog=watchdog,
-        stop_timeout=stop_timeout,
-        quiet=quiet,
-        scan_interval=scan_interval,
-        rehash_interval=rehash_interval,
-        verify_interval=verify_interval,
-        probation=probation,
-        max_memory=max_memory,
-        max_age=max_age,
-        no_zygote=no_zygote,
-        env_file=env_file,
-        runtime_dir=runtime_dir,
-        state_dir=state_dir,
-        listen=listen,
-    )
+def _run(given: argparse.Namespace) -> int:
+    """Run TARGET and keep it on the code that is on disk.
+
+    TARGET is path/to/script.py, package.module:callable or -m package.module; all that follows belongs to it.
+    """
     _refuse_namesake()
-    words = parse_target(target)
+    options = vars(given)
+    target, config = parse_target(options.pop("target")), options.pop("config")
 
     def read_settings() -> Settings:
-        return resolve(words, merge(flags, load_options(config) if config else Options()))
+        return resolve(target, merge(options, load_file(config) if config else {}))
 
     settings = read_settings()
     # Imported here: the other commands answer without loading watcher, metrics and web server.
@@ -184,7 +63,205 @@ def run(
             output.close()
         if isinstance(ended, reexec.Estate):
             ended = reexec.replace_image(ended)
-    raise typer.Exit(ended)
+    return ended
+
+
+def _status(given: argparse.Namespace) -> int:
+    """Show whether the running code is the code on disk, and what happened last."""
+    document = _ask(given, "status")["status"]
+    if given.json:
+        _print_json(document)
+    else:
+        from supervisor import terminal  # noqa: PLC0415 -- a start does not wait for what draws tables
+
+        terminal.print_status(document)
+    return 0
+
+
+def _reload(given: argparse.Namespace) -> int:
+    """Look at the tree now, reload if it differs, and return when there is an outcome."""
+    return _reloaded(given, "reload")
+
+
+def _restart(given: argparse.Namespace) -> int:
+    """Replace the running process by a new one of the same code; return when there is an outcome."""
+    return _reloaded(given, "restart")
+
+
+def _rollback(given: argparse.Namespace) -> int:
+    """Go back to the known good code before the one that runs; what is on disk waits for the next change."""
+    return _reloaded(given, "rollback")
+
+
+def _pause(given: argparse.Namespace) -> int:
+    """Start no other code until `resume`; what runs is kept running."""
+    _ask(given, "pause")
+    print("paused")
+    return 0
+
+
+def _resume(given: argparse.Namespace) -> int:
+    """End a pause; what has changed meanwhile is reloaded."""
+    _ask(given, "resume")
+    print("resumed")
+    return 0
+
+
+def _stop(given: argparse.Namespace) -> int:
+    """Stop the child, then the supervisor; return when both are gone."""
+    _ask(given, "stop", timeout_seconds=None)
+    print("stopped")
+    return 0
+
+
+def _reexec(given: argparse.Namespace) -> int:
+    """Replace the supervisor by its own package on disk; what it supervises runs on."""
+    answer = _ask(given, "reexec", timeout_seconds=None)
+    runs_on = f"generation {answer['live']} runs on" if answer["live"] is not None else "nothing is live"
+    print(f"replaced (image {answer['self']['image']}); {runs_on}")
+    return 0
+
+
+def _verify(given: argparse.Namespace) -> int:
+    """Ask the running process what code it runs, and compare that with the files. Exit 3 if they differ."""
+    document = _ask(given, "verify")["verify"]
+    if given.json:
+        _print_json(document)
+    else:
+        from supervisor import terminal  # noqa: PLC0415 -- a start does not wait for what draws tables
+
+        terminal.print_verify(document)
+    return 0 if document["in_sync"] else EXIT_DIFFERS
+
+
+def _diff(given: argparse.Namespace) -> int:
+    """Show how the code that runs differs from the files, as a unified diff. Exit 3 if it does."""
+    document = _ask(given, "diff")["diff"]
+    from supervisor import terminal  # noqa: PLC0415 -- a start does not wait for what draws tables
+
+    terminal.print_diff(document)
+    return EXIT_DIFFERS if document["files"] else 0
+
+
+def _history(given: argparse.Namespace) -> int:
+    """Show every reload, restart and rollback with its reason and who asked for it."""
+    records = _ask(given, "history", count=given.count)["history"]
+    if given.json:
+        _print_json(records)
+    else:
+        from supervisor import terminal  # noqa: PLC0415 -- a start does not wait for what draws tables
+
+        terminal.print_history(records)
+    return 0
+
+
+def _logs(given: argparse.Namespace) -> int:
+    """Show the last lines that the child wrote."""
+    file = Path(_ask(given, "logs")["file"])
+    lines = logfile.follow(file, given.count) if given.follow else logfile.read_last(file, given.count)
+    try:
+        for line in lines:
+            print(line, flush=given.follow)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise SupervisorError(f"logs: cannot read {file}: {error.strerror}") from error
+    except KeyboardInterrupt:
+        pass  # The way to end `logs -f`.
+    return 0
+
+
+# --- which there are, and their flags ---------------------------------------------------------------------
+
+
+def _records(parser: Parser) -> None:
+    flags.add_count(parser, "How many records, the newest first.", least=1, default=20)
+
+
+def _lines(parser: Parser) -> None:
+    parser.add_argument(
+        "-f", dest="follow", action="store_true", help="Go on with what is written from now on."
+    )
+    flags.add_count(parser, "How many lines.", least=0, default=50)
+
+
+@dataclass(frozen=True)
+class _Command:
+    """What carries it out and returns the exit code, and what adds the flags that not every command has."""
+
+    carry_out: Callable[[argparse.Namespace], int]
+    add_flags: Sequence[Callable[[Parser], None]] = ()
+
+
+_COMMANDS = {
+    "run": _Command(_run),
+    "status": _Command(_status, [flags.add_json]),
+    "reload": _Command(_reload, [flags.add_json]),
+    "restart": _Command(_restart, [flags.add_json]),
+    "rollback": _Command(_rollback, [flags.add_json]),
+    "pause": _Command(_pause),
+    "resume": _Command(_resume),
+    "stop": _Command(_stop),
+    "reexec": _Command(_reexec),
+    "verify": _Command(_verify, [flags.add_json]),
+    "diff": _Command(_diff),
+    "history": _Command(_history, [_records, flags.add_json]),
+    "logs": _Command(_logs, [_lines]),
+}
+
+
+def main() -> None:
+    """Entry point of ``wa-supervisor``."""
+    fill_standard_descriptors()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # A path need not be UTF-8.
+    try:
+        try:
+            code = _carry_out(sys.argv[1:])
+        finally:
+            print(end="", flush=True)
+    except SupervisorError as error:
+        print(f"wa-supervisor: {error}", file=sys.stderr)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        code = EXIT_INTERRUPTED
+    except BrokenPipeError:  # Nobody reads on, as in `wa-supervisor history | head`.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_FAILED
+    sys.exit(code)
+
+
+def _carry_out(words: list[str]) -> int:
+    """Do what the words of the command line ask for; return the exit code."""
+    if not words:
+        _overview().print_help(sys.stderr)
+        return UsageError.exit_code
+    name, *rest = words
+    if name not in _COMMANDS:
+        overview = _overview()
+        overview.parse_args([name])  # Shows its help, or says what is wrong.
+        overview.error("COMMAND is missing")
+    command = _COMMANDS[name]
+    parser = Parser(f"wa-supervisor {name}", command.carry_out.__doc__)
+    if name == "run":
+        return command.carry_out(flags.parse_run(parser, rest))
+    for add in (*command.add_flags, flags.add_runtime_dir):
+        add(parser)
+    return command.carry_out(parser.parse_args(rest))
+
+
+def _overview() -> Parser:
+    parser = Parser(
+        "wa-supervisor", "Keep one Python program running on exactly the code that is on disk, and prove it."
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", title="commands", parser_class=Parser)
+    for name, command in _COMMANDS.items():
+        commands.add_parser(name, help=(command.carry_out.__doc__ or "").partition("\n\n")[0])
+    return parser
+
+
+# --- what they share --------------------------------------------------------------------------------------
 
 
 def _log_to(handler: logging.Handler) -> None:
@@ -195,145 +272,15 @@ def _log_to(handler: logging.Handler) -> None:
     logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
 
 
-@app.command()
-def status(*, runtime_dir: RuntimeDir = None, as_json: AsJson = False) -> None:
-    """Show whether the running code is the code on disk, and what happened last."""
-    document = _ask(runtime_dir, "status")["status"]
-    if as_json:
-        _print_json(document)
-    else:
-        from supervisor import terminal  # noqa: PLC0415 -- a start does not wait for what draws tables
-
-        terminal.print_status(document)
-
-
-@app.command()
-def reload(*, runtime_dir: RuntimeDir = None, as_json: AsJson = False) -> None:
-    """Look at the tree now, reload if it differs, and return when there is an outcome."""
-    _print_reload(_ask(runtime_dir, "reload", timeout_seconds=None)["reload"], as_json=as_json)
-
-
-@app.command()
-def restart(*, runtime_dir: RuntimeDir = None, as_json: AsJson = False) -> None:
-    """Replace the running process by a new one of the same code; return when there is an outcome."""
-    _print_reload(_ask(runtime_dir, "restart", timeout_seconds=None)["reload"], as_json=as_json)
-
-
-@app.command()
-def rollback(*, runtime_dir: RuntimeDir = None, as_json: AsJson = False) -> None:
-    """Go back to the known good code before the one that runs; what is on disk waits for the next change."""
-    _print_reload(_ask(runtime_dir, "rollback", timeout_seconds=None)["reload"], as_json=as_json)
-
-
-@app.command()
-def pause(*, runtime_dir: RuntimeDir = None) -> None:
-    """Start no other code until `resume`; what runs is kept running."""
-    _ask(runtime_dir, "pause")
-    print("paused")
-
-
-@app.command()
-def resume(*, runtime_dir: RuntimeDir = None) -> None:
-    """End a pause; what has changed meanwhile is reloaded."""
-    _ask(runtime_dir, "resume")
-    print("resumed")
-
-
-@app.command()
-def stop(*, runtime_dir: RuntimeDir = None) -> None:
-    """Stop the child, then the supervisor; return when both are gone."""
-    _ask(runtime_dir, "stop", timeout_seconds=None)
-    print("stopped")
-
-
-@app.command()
-def reexec(*, runtime_dir: RuntimeDir = None) -> None:
-    """Replace the supervisor by its own package on disk; what it supervises runs on."""
-    answer = _ask(runtime_dir, "reexec", timeout_seconds=None)
-    runs_on = f"generation {answer['live']} runs on" if answer["live"] is not None else "nothing is live"
-    print(f"replaced (image {answer['self']['image']}); {runs_on}")
-
-
-@app.command()
-def verify(*, runtime_dir: RuntimeDir = None, as_json: AsJson = False) -> None:
-    """Ask the running process what code it runs, and compare that with the files. Exit 3 if they differ."""
-    document = _ask(runtime_dir, "verify")["verify"]
-    if as_json:
-        _print_json(document)
-    else:
-        from supervisor import terminal  # noqa: PLC0415 -- a start does not wait for what draws tables
-
-        terminal.print_verify(document)
-    if not document["in_sync"]:
-        raise typer.Exit(EXIT_DIFFERS)
-
-
-@app.command()
-def diff(*, runtime_dir: RuntimeDir = None) -> None:
-    """Show how the code that runs differs from the files, as a unified diff. Exit 3 if it does."""
-    document = _ask(runtime_dir, "diff")["diff"]
-    from supervisor import terminal  # noqa: PLC0415 -- a start does not wait for what draws tables
-
-    terminal.print_diff(document)
-    if document["files"]:
-        raise typer.Exit(EXIT_DIFFERS)
-
-
-@app.command()
-def history(
-    *,
-    count: Annotated[int, typer.Option("-n", min=1, help="How many records, the newest first.")] = 20,
-    runtime_dir: RuntimeDir = None,
-    as_json: AsJson = False,
-) -> None:
-    """Show every reload, restart and rollback with its reason and who asked for it."""
-    records = _ask(runtime_dir, "history", count=count)["history"]
-    if as_json:
-        _print_json(records)
-    else:
-        from supervisor import terminal  # noqa: PLC0415 -- a start does not wait for what draws tables
-
-        terminal.print_history(records)
-
-
-@app.command()
-def logs(
-    *,
-    follow: Annotated[bool, typer.Option("-f", help="Go on with what is written from now on.")] = False,
-    count: Annotated[int, typer.Option("-n", min=0, help="How many lines.")] = 50,
-    runtime_dir: RuntimeDir = None,
-) -> None:
-    """Show the last lines that the child wrote."""
-    file = Path(_ask(runtime_dir, "logs")["file"])
-    try:
-        for line in logfile.follow(file, count) if follow else logfile.read_last(file, count):
-            print(line, flush=follow)
-    except OSError as error:
-        raise SupervisorError(f"logs: cannot read {file}: {error.strerror}") from error
-    except KeyboardInterrupt:
-        return
-
-
-def main() -> None:
-    """Entry point of ``wa-supervisor``."""
-    fill_standard_descriptors()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # A path need not be UTF-8.
-    try:
-        app()
-    except SupervisorError as error:
-        print(f"wa-supervisor: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-
-
 def _ask(
-    directory: str | None,
+    given: argparse.Namespace,
     command: str,
     timeout_seconds: float | None = _ANSWER_SECONDS,
     **arguments: object,
 ) -> dict[str, Any]:
-    answer = control.request(runtime_dir(directory), command, timeout_seconds=timeout_seconds, **arguments)
+    answer = control.request(
+        runtime_dir(given.runtime_dir), command, timeout_seconds=timeout_seconds, **arguments
+    )
     if not answer["ok"]:
         raise SupervisorError(f"{command}: {answer['error']}")
     return answer
@@ -357,16 +304,16 @@ def _refuse_namesake() -> None:
     )
 
 
-def _print_reload(record: dict[str, Any], *, as_json: bool) -> None:
-    """Print the record of a reload that was asked for, and exit 1 if it did not become live."""
-    if as_json:
+def _reloaded(given: argparse.Namespace, command: str) -> int:
+    """Ask for a reload, print its record, and return 1 if it did not become live."""
+    record = _ask(given, command, timeout_seconds=None)["reload"]
+    if given.json:
         _print_json(record)
     else:
         from supervisor import terminal  # noqa: PLC0415 -- a start does not wait for what draws tables
 
         print(terminal.reload_line(record))
-    if record["outcome"] not in {"live", "unchanged"}:
-        raise typer.Exit(EXIT_FAILED)
+    return 0 if record["outcome"] in {"live", "unchanged"} else EXIT_FAILED
 
 
 def _print_json(document: object) -> None:

@@ -13,11 +13,10 @@ import operator
 import os
 import sys
 import sysconfig
-import tempfile
-import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -28,8 +27,6 @@ from supervisor.manifest import Tree, source_roots
 TargetKind = Literal["script", "module", "callable"]
 ServiceType = Literal["simple", "notify"]
 Handover = Literal["replace", "overlap"]
-
-DEFAULT_LISTEN = "127.0.0.1:9464"
 
 _MAX_SECONDS = 366 * 24 * 3600.0
 """Longest duration that makes sense, and one that every timer of the system can hold."""
@@ -65,28 +62,71 @@ class Target:
         return f"-m {self.name}" if self.kind == "module" else self.name
 
 
-class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"):
-    """The options of ``run``, from flags or from TOML; None means not given. Durations in seconds."""
+@dataclass(frozen=True)
+class Flag:
+    """How an option is shown on the command line.
 
-    watch: tuple[str, ...] | None = None
-    ignore: tuple[str, ...] | None = None
-    type: ServiceType | None = None
-    handover: Handover | None = None
-    ready_timeout: _Seconds | None = None
-    watchdog: _SecondsOrOff | None = None
-    stop_timeout: _Seconds | None = None
-    quiet: _SecondsOrOff | None = None
-    scan_interval: _Seconds | None = None
-    rehash_interval: _Seconds | None = None
-    verify_interval: _Seconds | None = None
-    probation: _SecondsOrOff | None = None
-    max_memory: _Bytes | None = None
-    max_age: _Seconds | None = None
-    no_zygote: bool | None = None
-    env_file: str | None = None
-    runtime_dir: str | None = None
-    state_dir: str | None = None
-    listen: str | None = None
+    Attributes:
+        help: what it is for; the default of :class:`Options` is added to that.
+        metavar: stands for the value; None where the choices do, or where there is no value.
+    """
+
+    help: str
+    metavar: str | None = None
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"):
+    """The options of ``run``: the one table that flags, keys of the file, bounds and defaults come from."""
+
+    watch: Annotated[
+        tuple[str, ...],
+        Flag(
+            "Folder of code; repeatable. [default: the target's top package, or the script's folder]",
+            "DIR",
+        ),
+    ] = ()
+    ignore: Annotated[
+        tuple[str, ...], Flag("Name, or path below the watched folder, to leave out; repeatable.", "GLOB")
+    ] = ()
+    type: Annotated[
+        ServiceType, Flag("simple: ready when alive and attested. notify: waits for READY=1.")
+    ] = "simple"
+    handover: Annotated[
+        Handover, Flag("replace: never two at work. overlap: the new one is ready first.")
+    ] = "replace"
+    ready_timeout: Annotated[_Seconds, Flag("Seconds until a start has failed.", "SECONDS")] = 30.0
+    watchdog: Annotated[
+        _SecondsOrOff, Flag("Longest silence of a notify child in seconds; 0 = off.", "SECONDS")
+    ] = 15.0
+    stop_timeout: Annotated[_Seconds, Flag("Seconds from SIGTERM to SIGKILL.", "SECONDS")] = 20.0
+    quiet: Annotated[
+        _SecondsOrOff | None,
+        Flag("Quiet period in seconds. [default: 0.015, 0.15 for several files]", "SECONDS"),
+    ] = None
+    scan_interval: Annotated[_Seconds, Flag("Seconds between looks at the tree.", "SECONDS")] = 2.0
+    rehash_interval: Annotated[
+        _Seconds, Flag("Seconds within which every file is read again.", "SECONDS")
+    ] = 300.0
+    verify_interval: Annotated[_Seconds, Flag("Seconds between attestations.", "SECONDS")] = 30.0
+    probation: Annotated[
+        _SecondsOrOff, Flag("Seconds that new code must serve before it is known good.", "SECONDS")
+    ] = 30.0
+    max_memory: Annotated[
+        _Bytes | None, Flag("Resident memory in bytes from which a child is replaced.", "BYTES")
+    ] = None
+    max_age: Annotated[
+        _Seconds | None, Flag("Seconds of service after which a child is replaced.", "SECONDS")
+    ] = None
+    no_zygote: Annotated[bool, Flag("Start each child by itself, not from a preloaded process.")] = False
+    env_file: Annotated[
+        str | None,
+        Flag("File of NAME=value lines for the child; a change makes a new generation.", "FILE"),
+    ] = None
+    runtime_dir: Annotated[str | None, Flag("Which supervisor: the directory of its socket.", "DIR")] = None
+    state_dir: Annotated[str | None, Flag("Directory for pinned sources.", "DIR")] = None
+    listen: Annotated[str, Flag("HOST:PORT of /metrics and /status.json; port 0 picks one.", "HOST:PORT")] = (
+        "127.0.0.1:9464"
+    )
 
 
 @dataclass(frozen=True)
@@ -125,14 +165,17 @@ class Settings:
     listen: tuple[str, int]
 
 
-def load_options(path: Path) -> Options:
-    """Read the options from a TOML file.
+def load_file(path: Path) -> dict[str, Any]:
+    """Read the options that a TOML file gives, and hold them to their types and bounds.
 
     Raises:
         UsageError: the file cannot be read, is not TOML, or has an unknown key or a value of a wrong type.
     """
+    import tomllib  # noqa: PLC0415 -- a start without a file does not wait for it
+
     try:
-        return msgspec.convert(tomllib.loads(plainfile.read(path).decode("utf-8")), Options, strict=True)
+        given = tomllib.loads(plainfile.read(path).decode("utf-8"))
+        msgspec.convert(given, Options)
     except OSError as error:
         raise UsageError(f"cannot read the configuration {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -141,12 +184,24 @@ def load_options(path: Path) -> Options:
         raise UsageError(
             f"{path}: {error}; the keys are those of `wa-supervisor run --help` without --"
         ) from error
+    return given
 
 
-def merge(flags: Options, file: Options) -> Options:
-    """Return the options with those of ``flags`` taken where they were given."""
-    given = {name: value for name in Options.__struct_fields__ if (value := getattr(flags, name)) is not None}
-    return msgspec.structs.replace(file, **given)
+def merge(flags: Mapping[str, Any], file: Mapping[str, Any]) -> Options:
+    """Return the options: as the flags say, else as the file does, else the defaults.
+
+    Args:
+        flags: the values that were given on the command line, by the names of their keys.
+        file: from :func:`load_file`.
+
+    Raises:
+        UsageError: a flag's value is out of its bounds; the file's are not.
+    """
+    try:
+        return msgspec.convert({**file, **flags}, Options)
+    except msgspec.ValidationError as error:
+        what, _, where = str(error).partition(" - at `$.")
+        raise UsageError(f"--{where.rstrip('`')}: {what[:1].lower()}{what[1:]}") from error
 
 
 def resolve(target: Target, options: Options) -> Settings:
@@ -155,13 +210,12 @@ def resolve(target: Target, options: Options) -> Settings:
     Raises:
         UsageError: the target or a watched directory does not exist, or a value makes no sense.
     """
-    _check(options)
     origin = _locate(target)
     roots = [Path(directory) for directory in options.watch or (origin,)]
     for root in roots:
         if not root.is_dir():
             raise UsageError(f"--watch {root} is not a directory; name the folder that holds the code")
-    tree = Tree(source_roots(roots), _patterns(options.ignore or ()))
+    tree = Tree(source_roots(roots), _patterns(options.ignore))
     if target.kind == "script" and not _is_within(Path(target.name), tree):
         raise UsageError(f"TARGET {target} lies in no watched folder; add --watch {origin}")
     if any(_is_within(path, tree) and tree.ignores(str(path)) for path in _sources(target, origin)):
@@ -169,23 +223,23 @@ def resolve(target: Target, options: Options) -> Settings:
     return Settings(
         target=target,
         tree=tree,
-        type=options.type or "simple",
-        handover=options.handover or "replace",
-        ready_timeout_seconds=options.ready_timeout or 30.0,
-        watchdog_seconds=15.0 if options.watchdog is None else options.watchdog,
-        stop_timeout_seconds=options.stop_timeout or 20.0,
+        type=options.type,
+        handover=options.handover,
+        ready_timeout_seconds=options.ready_timeout,
+        watchdog_seconds=options.watchdog,
+        stop_timeout_seconds=options.stop_timeout,
         quiet_seconds=options.quiet,
-        scan_interval_seconds=options.scan_interval or 2.0,
-        rehash_interval_seconds=options.rehash_interval or 300.0,
-        verify_interval_seconds=options.verify_interval or 30.0,
-        probation_seconds=30.0 if options.probation is None else options.probation,
+        scan_interval_seconds=options.scan_interval,
+        rehash_interval_seconds=options.rehash_interval,
+        verify_interval_seconds=options.verify_interval,
+        probation_seconds=options.probation,
         max_memory_bytes=options.max_memory,
         max_age_seconds=options.max_age,
         zygote=not options.no_zygote,
         env_file=Path(options.env_file).absolute() if options.env_file else None,
         runtime_dir=runtime_dir(options.runtime_dir),
         state_dir=_state_dir(options.state_dir),
-        listen=_address(options.listen or DEFAULT_LISTEN),
+        listen=_address(options.listen),
     )
 
 
@@ -230,6 +284,8 @@ def runtime_dir(given: str | None) -> Path:
         return Path(given).absolute()
     if base := os.environ.get("XDG_RUNTIME_DIR"):
         return Path(base).absolute() / "wa-supervisor"
+    import tempfile  # noqa: PLC0415 -- loads shutil, random and more, and under systemd nobody asks for it
+
     return Path(tempfile.gettempdir()) / f"wa-supervisor-{os.getuid()}"
 
 
@@ -246,19 +302,6 @@ def _state_dir(given: str | None) -> Path:
 def _first_directory(variable: str) -> str:
     """Return what systemd.exec(5) passes on: a unit with several directories has them joined by colons."""
     return os.environ.get(variable, "").partition(":")[0]
-
-
-def _check(options: Options) -> None:
-    """Hold flags to the bounds that the file's values were held to when they were read.
-
-    Raises:
-        UsageError: a value is out of its bounds.
-    """
-    try:
-        msgspec.convert(msgspec.to_builtins(options), Options, strict=True)
-    except msgspec.ValidationError as error:
-        what, _, where = str(error).partition(" - at `$.")
-        raise UsageError(f"--{where.rstrip('`')}: {what[:1].lower()}{what[1:]}") from error
 
 
 def _sources(target: Target, origin: Path) -> tuple[Path, ...]:
@@ -282,7 +325,7 @@ def _patterns(given: tuple[str, ...]) -> tuple[str, ...]:
 def _address(text: str) -> tuple[str, int]:
     host, colon, port = text.rpartition(":")
     if not colon or not port.isdecimal() or int(port) > _MAX_PORT:
-        raise UsageError(f"--listen {text} is not HOST:PORT, for example {DEFAULT_LISTEN}")
+        raise UsageError(f"--listen {text} is not HOST:PORT, for example {Options().listen}")
     return host.strip("[]") or "127.0.0.1", int(port)
 
 

@@ -12,7 +12,7 @@ from supervisor.settings import (
     Options,
     Target,
     changeable,
-    load_options,
+    load_file,
     merge,
     parse_target,
     resolve,
@@ -193,8 +193,9 @@ def test_every_option_is_a_key_of_the_file_spelt_as_the_flag(script: Target, tmp
         listen = "localhost:1"
         """,
     )
-    options = load_options(path)
-    assert all(value is not None for value in msgspec.structs.astuple(options))
+    file = load_file(path)
+    assert set(file) == {field.encode_name for field in msgspec.structs.fields(Options)}
+    options = merge({}, file)
     settings = resolve(script, options)
     assert (settings.type, settings.handover, settings.listen) == ("notify", "overlap", ("localhost", 1))
     assert (settings.ready_timeout_seconds, settings.stop_timeout_seconds) == (1, 2.5)
@@ -203,7 +204,7 @@ def test_every_option_is_a_key_of_the_file_spelt_as_the_flag(script: Target, tmp
 
 
 def test_flags_beat_the_file_and_the_file_beats_the_defaults(script: Target) -> None:
-    merged = merge(Options(quiet=0.0), Options(quiet=1.0, ready_timeout=5.0))
+    merged = merge({"quiet": 0.0}, {"quiet": 1.0, "ready-timeout": 5.0})
     settings = resolve(script, merged)
     assert (settings.quiet_seconds, settings.ready_timeout_seconds, settings.scan_interval_seconds) == (
         0,
@@ -232,7 +233,7 @@ def test_mistake_in_the_file_names_file_and_key(tmp_path: Path, text: str, sente
     path = tmp_path / "wa.toml"
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(UsageError) as caught:
-        load_options(path)
+        load_file(path)
     assert str(caught.value).startswith(str(path))
     assert sentence in str(caught.value)
 
@@ -240,25 +241,23 @@ def test_mistake_in_the_file_names_file_and_key(tmp_path: Path, text: str, sente
 @pytest.mark.parametrize("name", ["none.toml", "."])
 def test_file_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError, match=f"cannot read the configuration {tmp_path / name}"):
-        load_options(tmp_path / name)
+        load_file(tmp_path / name)
 
 
 @pytest.mark.parametrize(
-    ("options", "flag"),
+    ("flag", "value"),
     [
-        (Options(ready_timeout=0.0), "--ready-timeout"),
-        (Options(stop_timeout=-1.0), "--stop-timeout"),
-        (Options(scan_interval=float("nan")), "--scan-interval"),
-        (Options(verify_interval=float("inf")), "--verify-interval"),
-        (Options(quiet=-0.1), "--quiet"),
-        (Options(watchdog=float("-inf")), "--watchdog"),
+        ("ready-timeout", 0.0),
+        ("stop-timeout", -1.0),
+        ("scan-interval", float("nan")),
+        ("verify-interval", float("inf")),
+        ("quiet", -0.1),
+        ("watchdog", float("-inf")),
     ],
 )
-def test_flag_out_of_its_bounds_is_refused_as_in_the_file(
-    script: Target, options: Options, flag: str
-) -> None:
-    with pytest.raises(UsageError, match=f"^{flag}: expected `float` "):
-        resolve(script, options)
+def test_flag_out_of_its_bounds_is_refused_as_in_the_file(flag: str, value: float) -> None:
+    with pytest.raises(UsageError, match=f"^--{flag}: expected `float` "):
+        merge({flag: value}, {})
 
 
 @pytest.mark.parametrize(
