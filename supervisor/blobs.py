@@ -26,6 +26,11 @@ from supervisor.errors import BlobError
 from supervisor.manifest import Manifest, Tree
 
 
+def place(directory: Path) -> Path:
+    """Return where the blobs of a store in ``directory`` lie, whether it exists yet or not."""
+    return directory / "blobs"
+
+
 class BlobStore:
     """A directory of blobs and manifests, owned by one supervisor.
 
@@ -37,7 +42,7 @@ class BlobStore:
     """
 
     def __init__(self, directory: Path) -> None:
-        self.blobs = directory / "blobs"
+        self.blobs = place(directory)
         self.manifests = directory / "manifests"
         for folder in (self.blobs, self.manifests):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -16,11 +16,13 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from supervisor import control, flags, logfile
+from supervisor.environment import ESTATE_VARIABLE
 from supervisor.errors import SupervisorError, UsageError
 from supervisor.flags import Parser
 from supervisor.logfile import CHILD_LOG
@@ -50,19 +52,29 @@ def _run(given: argparse.Namespace) -> int:
 
     settings = read_settings()
     # Imported here: the other commands answer without loading watcher, metrics and web server.
-    from supervisor import reexec  # noqa: PLC0415
-    from supervisor.service import Service  # noqa: PLC0415
+    from supervisor import blobs  # noqa: PLC0415
+    from supervisor.bytecode import Compiler  # noqa: PLC0415
 
-    ended: int | reexec.Estate | None = reexec.received()
-    while not isinstance(ended, int):
-        output = Output(settings.state_dir / CHILD_LOG, estate=ended.output if ended else None)
-        _log_to(output.handler())
-        try:
-            ended = Service(settings, output, read_settings, estate=ended).run()
-        finally:
-            output.close()
-        if isinstance(ended, reexec.Estate):
-            ended = reexec.replace_image(ended)
+    handed_over = os.environ.pop(ESTATE_VARIABLE, None)  # No child of ours shall take it for its own.
+    compiler = Compiler(
+        blobs=blobs.place(settings.state_dir), scratch=settings.runtime_dir, environment=os.environ
+    )
+    with closing(compiler):
+        if handed_over is None:
+            compiler.prepare()  # Its interpreter starts while ours is busy with what is imported next.
+        from supervisor import reexec  # noqa: PLC0415
+        from supervisor.service import Service  # noqa: PLC0415
+
+        ended: int | reexec.Estate | None = reexec.received(handed_over) if handed_over else None
+        while not isinstance(ended, int):
+            output = Output(settings.state_dir / CHILD_LOG, estate=ended.output if ended else None)
+            _log_to(output.handler())
+            try:
+                ended = Service(settings, output, read_settings, compiler, estate=ended).run()
+            finally:
+                output.close()
+            if isinstance(ended, reexec.Estate):
+                ended = reexec.replace_image(ended)
     return ended
 
 

@@ -22,6 +22,9 @@ from pathlib import Path
 from supervisor import plainfile
 from supervisor.errors import UsageError
 
+ESTATE_VARIABLE = "WA_SUPERVISOR_ESTATE"
+"""What one image of the supervisor hands to the next: see :mod:`supervisor.reexec`. No child may see it."""
+
 _ASSIGNMENT = re.compile(r"(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)=(.*)", re.DOTALL)
 _QUOTES = ("'", '"')
 

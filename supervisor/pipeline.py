@@ -27,7 +27,6 @@ import os
 import time
 from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from supervisor import manifest
 from supervisor.blobs import BlobStore
@@ -72,11 +71,10 @@ class Pipeline:
     Args:
         tree: the roots.
         blobs: where sources are kept.
-        scratch: directory for short-lived files.
+        compiler: makes their bytecode; it is closed with the pipeline.
         repository: git's view of the tree.
         quiet_seconds: fixed quiet period, None for the adaptive one.
         rehash_seconds: within this time every byte of the tree is read again, whatever the stat tuples say.
-        environment: returns the children's environment, for ``PYTHONPYCACHEPREFIX``.
         finished: called with each reload that ended here: unchanged, superseded or rejected.
         left: called with a tree that was started ahead and is not what the disk came to rest at.
         quarantined: returns why a tree may not be started without an operator, None if it may.
@@ -88,11 +86,10 @@ class Pipeline:
         *,
         tree: Tree,
         blobs: BlobStore,
-        scratch: Path,
+        compiler: Compiler,
         repository: Checkout,
         quiet_seconds: float | None,
         rehash_seconds: float,
-        environment: Mapping[str, str],
         finished: Callable[[Reload], None],
         left: Callable[[str], None] = lambda _: None,
         quarantined: Callable[[str], tuple[Reason | None, str] | None] = lambda _: None,
@@ -100,7 +97,7 @@ class Pipeline:
     ) -> None:
         self._tree = tree
         self._blobs = blobs
-        self._compiler = Compiler(blobs=blobs.blobs, scratch=scratch, environment=environment)
+        self._compiler = compiler
         self._repository = repository
         self.quiet_seconds = quiet_seconds
         self.rehash_seconds = rehash_seconds

@@ -55,6 +55,7 @@ from supervisor.bytecode import CompileJob, Compiler
 from supervisor.child import codeprint, frames
 from supervisor.configuration import ConfigurationEstate
 from supervisor.control import ControlEstate
+from supervisor.environment import ESTATE_VARIABLE
 from supervisor.errors import SourceError, SupervisorError
 from supervisor.fleet import FleetEstate
 from supervisor.git import Head
@@ -74,7 +75,6 @@ VERSION = 1
 SIGNALS = frozenset({signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGCHLD})
 """Blocked from the last turn of one image to the first of the next; exec keeps mask and pending signals."""
 
-_VARIABLE = "WA_SUPERVISOR_ESTATE"
 _SAMPLE = (
     "async def sample(a, *, b=(1, 1.0, True)):\n return [lambda: {a, b'x', ...} async for _ in f'{b}']\n"
 )
@@ -175,19 +175,20 @@ def replace_image(estate: Estate) -> Estate:
 
 def _exec(document: int) -> NoReturn:
     command = _command()
-    os.execve(command[0], command, os.environ | {_VARIABLE: f"adopt {document}"})  # noqa: S606 -- our own
+    environment = os.environ | {ESTATE_VARIABLE: f"adopt {document}"}
+    os.execve(command[0], command, environment)  # noqa: S606 -- our own
 
 
-def received() -> Estate | None:
-    """Return what an earlier image has left, None at an ordinary start; a trial start ends here.
+def received(handed_over: str) -> Estate:
+    """Return what an earlier image has left; a trial start ends here.
+
+    Args:
+        handed_over: the value of :data:`ESTATE_VARIABLE`.
 
     Raises:
         RefusedError: it cannot be read.
     """
-    variable = os.environ.pop(_VARIABLE, None)  # No child of ours shall take it for its own.
-    if variable is None:
-        return None
-    purpose, _, number = variable.partition(" ")
+    purpose, _, number = handed_over.partition(" ")
     try:
         with open(int(number), "rb") as file:  # noqa: PTH123 -- a descriptor
             content = os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0)
@@ -201,7 +202,7 @@ def received() -> Estate | None:
         print(json.dumps({"language": _language(), "tree": own.digest, "problem": own.problem}))
         sys.exit()
     if estate.pid != os.getpid():
-        raise RefusedError(f"{_VARIABLE} was meant for the process {estate.pid}")
+        raise RefusedError(f"{ESTATE_VARIABLE} was meant for the process {estate.pid}")
     for descriptor in estate.descriptors:
         os.set_inheritable(descriptor, False)
     return estate
@@ -392,7 +393,7 @@ class _Trial:
                 stdin=subprocess.DEVNULL,
                 stdout=writer,
                 stderr=writer,
-                env={**environment, _VARIABLE: f"try {document}"},
+                env={**environment, ESTATE_VARIABLE: f"try {document}"},
                 pass_fds=(document,),
             )
         except OSError:

@@ -31,7 +31,7 @@ from typing import Any
 
 from supervisor import events, lifecycle, lock, orphans
 from supervisor.blobs import BlobStore
-from supervisor.bytecode import CompileJob
+from supervisor.bytecode import CompileJob, Compiler
 from supervisor.checkout import Checkout
 from supervisor.chronicle import Chronicle
 from supervisor.commands import Commands
@@ -84,6 +84,7 @@ class Service:
         settings: what to run and how.
         output: takes what children write, and our own log.
         reread: returns the settings as they are now; raises UsageError.
+        compiler: for the bytecode of the tree.
         inherited: the environment to pass on to children.
         estate: what another image of this supervisor has left; None at its start.
 
@@ -96,6 +97,8 @@ class Service:
         settings: Settings,
         output: Output,
         reread: Callable[[], Settings],
+        compiler: Compiler,
+        *,
         inherited: Mapping[str, str] = os.environ,
         estate: Estate | None = None,
     ) -> None:
@@ -128,11 +131,10 @@ class Service:
         self._pipeline = Pipeline(
             tree=settings.tree,
             blobs=self._blobs,
-            scratch=settings.runtime_dir,
+            compiler=compiler,
             repository=self._checkout,
             quiet_seconds=settings.quiet_seconds,
             rehash_seconds=settings.rehash_interval_seconds,
-            environment=inherited,
             finished=self._reload_finished,
             left=lambda tree: self.happened(events.TreeLeft(tree)),
             quarantined=self._quarantined,

@@ -16,7 +16,7 @@ from py_compile import PycInvalidationMode
 import pytest
 
 from supervisor.blobs import BlobStore
-from supervisor.bytecode import CompileJob
+from supervisor.bytecode import CompileJob, Compiler
 from supervisor.checkout import Checkout
 from supervisor.manifest import Manifest, Tree
 from supervisor.pipeline import Pipeline
@@ -118,14 +118,14 @@ def test_folder_that_cannot_be_written_and_holds_nothing_stale_is_not_called_sta
 def test_what_an_interrupted_helper_left_is_cleared_away_by_the_next_one(tmp_path: Path, tree: Path) -> None:
     ended: list[Reload] = []
     (tmp_path / "run").mkdir()
+    blobs = BlobStore(tmp_path / "state")
     pipeline = Pipeline(
         tree=Tree((str(tree),)),
-        blobs=BlobStore(tmp_path / "state"),
-        scratch=tmp_path / "run",
+        blobs=blobs,
+        compiler=Compiler(blobs=blobs.blobs, scratch=tmp_path / "run", environment=os.environ),
         repository=Checkout(Tree((str(tree),))),
         quiet_seconds=0.0,
         rehash_seconds=300.0,
-        environment=os.environ,
         finished=ended.append,
     )
 

@@ -11,7 +11,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from supervisor import flags
+from supervisor import cli, flags
+from supervisor.bytecode import Compiler
+from supervisor.environment import ESTATE_VARIABLE
 from supervisor.errors import UsageError
 from supervisor.flags import Parser
 from supervisor.settings import Options, load_file, merge
@@ -192,6 +194,31 @@ def test_command_loads_nothing_that_only_others_use(
     loaded = set(ended.stdout.split())
     assert "supervisor.cli" in loaded
     assert not loaded & unwanted
+
+
+@pytest.mark.parametrize(("estate", "is_early"), [(None, True), ("adopt 0", False)])
+def test_compile_helper_starts_while_the_service_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, estate: str | None, *, is_early: bool
+) -> None:
+    closed: list[int | None] = []
+    close = Compiler.close
+
+    def note(compiler: Compiler) -> None:
+        closed.append(compiler.pid)
+        close(compiler)
+
+    monkeypatch.setattr(Compiler, "close", note)
+    monkeypatch.setitem(sys.modules, "supervisor.service", None)  # Its import fails.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "main.py").touch()
+    monkeypatch.delenv(ESTATE_VARIABLE, raising=False)
+    if estate is not None:
+        monkeypatch.setenv(ESTATE_VARIABLE, estate)
+    with pytest.raises(ModuleNotFoundError):
+        cli._carry_out(["run", "--runtime-dir=run", "--state-dir=state", "main.py"])
+    assert ESTATE_VARIABLE not in os.environ
+    assert [pid is not None for pid in closed] == [is_early], "whoever takes over has a tree that is compiled"
+    assert all(pid is None or not Path(f"/proc/{pid}").exists() for pid in closed)
 
 
 def test_reader_that_has_enough_is_no_error() -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from supervisor import manifest
 from supervisor.blobs import BlobStore
-from supervisor.bytecode import DEADLINE_SECONDS
+from supervisor.bytecode import DEADLINE_SECONDS, Compiler
 from supervisor.checkout import Checkout
 from supervisor.manifest import Manifest, Tree
 from supervisor.pipeline import Built, Pipeline
@@ -89,14 +89,14 @@ def bench(tmp_path: Path, request: pytest.FixtureRequest) -> Bench:
     ended: list[Reload] = []
     left: list[str] = []
     checkout = Checkout(Tree((str(tree),)))
+    blobs = BlobStore(tmp_path / "state")
     pipeline = Pipeline(
         tree=Tree((str(tree),)),
-        blobs=BlobStore(tmp_path / "state"),
-        scratch=tmp_path / "run",
+        blobs=blobs,
+        compiler=Compiler(blobs=blobs.blobs, scratch=tmp_path / "run", environment=os.environ),
         repository=checkout,
         quiet_seconds=None,
         rehash_seconds=300.0,
-        environment=os.environ,
         finished=ended.append,
         left=left.append,
     )

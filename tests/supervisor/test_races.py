@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from supervisor import blobs
+from supervisor.bytecode import Compiler
 from supervisor.events import Attested, TreeReady
 from supervisor.lifecycle import Generation, Stage, State
 from supervisor.manifest import Manifest
@@ -26,7 +29,10 @@ def service(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     )
     settings = resolve(Target("script", "main.py"), options)
     output = Output(tmp_path / "child.log")
-    created = Service(settings, output, lambda: settings, {})
+    compiler = Compiler(
+        blobs=blobs.place(settings.state_dir), scratch=settings.runtime_dir, environment=os.environ
+    )
+    created = Service(settings, output, lambda: settings, compiler, inherited={})
     yield created
     for number in range(1, 4):
         created._fleet.kill(number)
