@@ -46,8 +46,13 @@ def _run(given: argparse.Namespace) -> int:
     _refuse_namesake()
     options = vars(given)
     target, config = parse_target(options.pop("target")), options.pop("config")
+    here = Path.cwd()
 
     def read_settings() -> Settings:
+        try:
+            os.chdir(here)  # By its name: it may have been moved away, and another one put in its place.
+        except OSError as error:
+            raise UsageError(f"cannot work in {here}: {error.strerror}; put it back") from error
         return resolve(target, merge(options, load_file(config) if config else {}))
 
     settings = read_settings()

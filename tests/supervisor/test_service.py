@@ -704,3 +704,19 @@ def test_python_itself_is_never_the_default_tree(supervise: Supervise, tree: Pat
     started = supervise("os:abort", cwd=tree)
     assert started.process.wait(20) == 2
     assert "belongs to Python; name your code with --watch" in started.output.join()
+
+
+def test_working_directory_that_was_moved_away_and_copied_back_is_reloaded_by_its_name(
+    supervise: Callable[..., Supervised], tree: Path
+) -> None:
+    started = supervise("main.py", cwd=tree)
+    started.expect("^serving 1$")
+    started.expect(LIVE)
+    tree.rename(tree.with_name("away"))
+    refused = started.command("reload")
+    assert refused.returncode == 1
+    assert f"cannot work in {tree}: No such file or directory" in refused.stderr
+    shutil.copytree(tree.with_name("away"), tree)
+    (tree / "modules" / "answer.py").write_text("VALUE = 2\n", encoding="utf-8")
+    assert started.command("reload").returncode == 0
+    started.expect("^serving 2$")
