@@ -199,14 +199,14 @@ def run(descriptor: int, plain_modules: frozenset[str], run_name: str) -> NoRetu
     if start["type"] == "preload":
         from . import zygote  # noqa: PLC0415 -- a child that is started by itself does without
 
-        _die_with(int(start["supervisor_pid"]))
+        _die_with(int(start["supervisor_pid"]), channel.connection)
         forked = zygote.serve(*channel.detach(), start, plain_modules)
         channel = _Channel(_socket(forked.descriptor))
         start = channel.start_message()
         forked.environment.write(start["variables"])
         frozen = forked.frozen
     ending.channel = channel
-    _die_with(int(start["supervisor_pid"]))
+    _die_with(int(start["supervisor_pid"]), channel.connection)
     if not faulthandler.is_enabled():
         faulthandler.enable(file=_STDERR, all_threads=True)
     pins = pinned.Pins.of(start["manifest"], start["blobs"])
@@ -338,12 +338,14 @@ def _while_importing(error: BaseException) -> bool:
     )
 
 
-def _die_with(supervisor: int) -> None:
+def _die_with(supervisor: int, connection: socket.socket) -> None:
     """Have the kernel kill this process when the supervisor dies, as far as the platform can."""
     if sys.platform != "linux":
         return
     deadline = time.monotonic() + _PARENT_WAIT_SECONDS
-    while os.getppid() != supervisor and time.monotonic() < deadline:
+    hung_up = select.poll()
+    hung_up.register(connection, 0)  # What is asked for is only the end, which is always told.
+    while os.getppid() != supervisor and time.monotonic() < deadline and not hung_up.poll(0):
         time.sleep(0.0001)  # An intermediate process of a double fork is about to be gone.
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
