@@ -99,6 +99,14 @@ class Database:
             self.rows("limit_waits")
             yield
 
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        """Run the block in a patient transaction that is rolled back, its deferred constraints checked."""
+        with self.patient_transaction():
+            yield
+            self.run("check_constraints_now")
+            raise psycopg.Rollback
+
     def rows(self, name: str, parameters: Parameters | None = None) -> list[tuple[Any, ...]]:
         """Run the named statement and return its rows."""
         with self._explained(), self._connection.cursor() as cursor:
