@@ -113,7 +113,9 @@ class _Ringer(FileSystemEventHandler):
         for path in (event.src_path, event.dest_path):
             folder, name = os.path.split(os.fsdecode(path))
             database = self._files.get(name)
-            if database is not None and not _has_content(os.path.join(folder, database + _JOURNAL)):  # noqa: PTH118
+            if database is None or (name.endswith(_JOURNAL) and isinstance(event, FileCreatedEvent)):
+                continue
+            if not _has_content(os.path.join(folder, database + _JOURNAL)):  # noqa: PTH118
                 with contextlib.suppress(BlockingIOError):  # it rings already
                     os.write(self._writer, b"x")
                 return
