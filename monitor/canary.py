@@ -75,10 +75,9 @@ def _write(database: Database, project: str) -> None:
         },
     )
     database.run("insert_pending", event)
-    database.run(
-        "record_messages",
-        {**ids, "hashes": [""], "outcomes": ["drops"], "projects": [project], "sent_ats": [_SENT_AT]},
-    )
+    entry = {**ids, "hashes": [""], "outcomes": ["drops"], "projects": [project], "sent_ats": [_SENT_AT]}
+    database.run("insert_messages", entry)
+    database.run("record_messages", entry)
     database.run("record_dead_letters", {**ids, "projects": [project], "reasons": [""]})
     phone = {"submitted_by": "27711234567", "user_name": "27711234567"}
     database.rows_of_each(

@@ -197,8 +197,16 @@ FROM unnest(%(chat_jids)s::text[], %(keys)s::text[], %(numbers)s::text[], %(proj
 -- Somebody with a phone took these rows over; nobody waits for them any more.
 DELETE FROM wa_monitor.pending WHERE review_id = ANY (%(review_ids)s)
 
+-- name: insert_messages
+-- The ledger: messages that it does not know. Nobody else writes for this source as long as its cursor row is locked.
+INSERT INTO wa_monitor.message
+    (source, chat_jid, message_key, content_hash, outcome, project, sent_at, tree, generation)
+SELECT %(source)s, done.*, %(tree)s, %(generation)s
+FROM unnest(%(chat_jids)s::text[], %(keys)s::text[], %(hashes)s::text[], %(outcomes)s::text[], %(projects)s::text[],
+            %(sent_ats)s::timestamptz[]) AS done
+
 -- name: record_messages
--- The ledger. An edit or a message that could be stored after all replaces what was known.
+-- The ledger: an edit, or a message that could be stored after all, replaces what was known.
 INSERT INTO wa_monitor.message
     (source, chat_jid, message_key, content_hash, outcome, project, sent_at, tree, generation)
 SELECT %(source)s, done.*, %(tree)s, %(generation)s

@@ -55,7 +55,7 @@ from monitor.store import Store, StoredDrop
 if TYPE_CHECKING:
     from monitor.wakeup import Wakeup
 
-BATCH_MESSAGES = 500
+BATCH_MESSAGES = 2000
 # Between two looks at the bridge, with events of the files to wake us and without. The bridge is asked
 # itself, by a SELECT that costs some twenty microseconds. The files' times are no substitute: two commits
 # within one tick of the clock leave the same time, and the second would be seen late.
@@ -269,6 +269,7 @@ class Relay:
             self._turn_completed()
             if not found_work:
                 if self._settings.once:
+                    writer.count()
                     break
                 self._stop.wait(_SLOW_POLL_SECONDS if wakeup.trusted else _POLL_SECONDS, wakeup)
         writer.release()
@@ -421,7 +422,7 @@ class _Writer:
             self._go_back(page.rescan_from, page.end.file)
         elif page.rows:
             self._store_page(page, known)
-        self._look_after(known)
+        self._look_after()
         return page.rescan_from is not None or bool(page.rows)
 
     def release(self) -> None:
@@ -473,8 +474,6 @@ class _Writer:
         for (chat_jid, key), reason in written.dead.items():
             self._metrics.count_error(StoreRefusedError.label)
             log.error("Dead letter: message %s in %s: %s", key, chat_jid, reason)
-        if written.stored:
-            self._count.next_seconds = min(self._count.next_seconds, time.monotonic())
 
     def _is_too_old(self, row: Message | Unreadable) -> bool:
         """Tell whether a message was sent before the time from which on messages are ours."""
@@ -509,6 +508,7 @@ class _Writer:
     def _raise_alarm(self, number: str, project: str) -> None:
         """Report a LID that stands where a phone belongs; the supervisor is asked once an episode."""
         log.error("LID stored as a sender: %s in %s", number, project)
+        self._count.next_seconds = min(self._count.next_seconds, time.monotonic())
         if not self._in_episode:
             self._in_episode = True
             self._notifier.suspect("lid-regression")
@@ -521,24 +521,29 @@ class _Writer:
             lag_seconds = time.time() - max(sent).timestamp()
             self._metrics.update(lag_seconds=max(0.0, lag_seconds), last_message_at=self._newest)
 
-    def _look_after(self, known: Known) -> None:
+    def _look_after(self) -> None:
         """Renew the lease and count the LIDs that stand in the table, each when it is due."""
         if self._renewal.now():
             self._store.renew()
             self._renewal.done()
         if self._count.now():
-            began_seconds = time.monotonic()
-            standing = census.lid_rows(self._database, known)
-            self._metrics.update(
-                lid_rows=standing,
-                foreign_rows=census.foreign_rows(self._database),
-                pending=census.pending_drops(self._database, self._settings.source),
-                repaired=census.repaired_rows(self._database),
-                backlog=max(0, self._bridge.end().rowid - self._place.rowid),
-            )
-            self._in_episode = self._in_episode and bool(standing)
-            self._repair_what_stands(known, standing=bool(standing))
-            self._count.done(time.monotonic() - began_seconds)
+            self.count()
+
+    def count(self) -> None:
+        """Count what stands in the table and what is to be read, and repair what has stood for long."""
+        began_seconds = time.monotonic()
+        known = self._bridge.known()
+        standing = census.lid_rows(self._database, known)
+        self._metrics.update(
+            lid_rows=standing,
+            foreign_rows=census.foreign_rows(self._database),
+            pending=census.pending_drops(self._database, self._settings.source),
+            repaired=census.repaired_rows(self._database),
+            backlog=max(0, self._bridge.end().rowid - self._place.rowid),
+        )
+        self._in_episode = self._in_episode and bool(standing)
+        self._repair_what_stands(known, standing=bool(standing))
+        self._count.done(time.monotonic() - began_seconds)
 
     def _repair_what_stands(self, known: Known, *, standing: bool) -> None:
         """Replace LIDs that have stood for a while: first they are seen, then they go."""

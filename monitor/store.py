@@ -166,15 +166,16 @@ class Store:
         """
         with self._database.patient_transaction():
             totals = self._lock(start)
-            fresh, counted_before = self._not_in_ledger(decided)
+            fresh, before = self._not_in_ledger(decided)
             stored, dead = self._store_drops([one for one in fresh if one.drops], known)
             dead |= {
                 one.id: one.message.reason
                 for one in fresh
                 if isinstance(one.message, Unreadable) and one.outcome == "dead_letter"
             }
-            self._record(fresh, dead)
-            totals += _count([one for one in fresh if one.id not in counted_before], stored)
+            self._record(fresh, dead, before)
+            counted = {id_ for id_, outcome in before.items() if outcome == "dead_letter"}
+            totals += _count([one for one in fresh if one.id not in counted], stored)
             self._move(end, totals)
         return Written(stored, dead, totals)
 
@@ -246,21 +247,21 @@ class Store:
             "move", {**self._held.key, **cursor.place_parameters(place), "totals": Jsonb(totals.to_json())}
         )
 
-    def _not_in_ledger(self, decided: Sequence[Decided]) -> tuple[list[Decided], set[MessageId]]:
+    def _not_in_ledger(self, decided: Sequence[Decided]) -> tuple[list[Decided], dict[MessageId, str]]:
         """Leave out what was dealt with before; of an edited message only its new drops remain.
 
-        Dead letters, and messages of groups that were not ours then, are not dealt with. Returned second are
-        the dead letters among them, which the totals have counted already.
+        Dead letters, and messages of groups that were not ours then, are not dealt with. Returned second is
+        what the ledger says of those messages that it knows; dead letters among them are counted already.
         """
         asked = {one.id: one for one in decided}
-        known = {
-            (chat, key): (content_hash, outcome)
-            for chat, key, content_hash, outcome in self._database.rows("known_messages", self._ids(asked))
-        }
-        settled = {one: found[0] for one, found in known.items() if found[1] not in _NOT_FOR_EVER}
-        dead = {one for one, found in known.items() if found[1] == "dead_letter"}
-        fresh = [one for one in asked.values() if settled.get(one.id) != one.message.content_hash]
-        return self._without_stored_drops(fresh, [one.id for one in fresh if one.id in known]), dead
+        before: dict[MessageId, str] = {}
+        settled: dict[MessageId, str] = {}
+        for chat, key, content_hash, outcome in self._database.rows("known_messages", self._ids(asked)):
+            before[chat, key] = outcome
+            if outcome not in _NOT_FOR_EVER:
+                settled[chat, key] = content_hash
+        fresh = [one for id_, one in asked.items() if settled.get(id_) != one.message.content_hash]
+        return self._without_stored_drops(fresh, [one.id for one in fresh if one.id in before]), before
 
     def _without_stored_drops(self, fresh: Sequence[Decided], edited: Collection[MessageId]) -> list[Decided]:
         """Leave out the drops that are stored already of messages that the ledger knows."""
@@ -424,24 +425,19 @@ class Store:
         if waiting:
             self._database.run("insert_pending", {**self._code(), **_event_ids(waiting)})
 
-    def _record(self, fresh: Sequence[Decided], dead: Mapping[MessageId, str]) -> None:
+    def _record(
+        self, fresh: Sequence[Decided], dead: Mapping[MessageId, str], before: Mapping[MessageId, str]
+    ) -> None:
         """Enter messages into the ledger, and those that could not be stored into the dead letters."""
-        if fresh:
-            alive = [one.id for one in fresh if one.outcome != "dead_letter" and one.id not in dead]
+        self._enter("insert_messages", [one for one in fresh if one.id not in before], dead)
+        self._enter("record_messages", [one for one in fresh if one.id in before], dead)
+        alive = [
+            one.id
+            for one in fresh
+            if one.outcome != "dead_letter" and one.id not in dead and before.get(one.id) == "dead_letter"
+        ]
+        if alive:
             self._database.run("forget_dead_letters", self._ids(alive))
-            self._database.run(
-                "record_messages",
-                {
-                    **self._code(),
-                    **self._ids([one.id for one in fresh]),
-                    "hashes": [one.message.content_hash for one in fresh],
-                    "outcomes": ["dead_letter" if one.id in dead else one.outcome for one in fresh],
-                    "projects": [_name(one.project) for one in fresh],
-                    "sent_ats": [
-                        one.message.sent_at if isinstance(one.message, Message) else None for one in fresh
-                    ],
-                },
-            )
         if dead:
             projects = {one.id: _name(one.project) for one in fresh}
             self._database.run(
@@ -451,6 +447,22 @@ class Store:
                     **self._ids(dead),
                     "projects": [projects[key] for key in dead],
                     "reasons": list(dead.values()),
+                },
+            )
+
+    def _enter(self, statement: str, messages: Sequence[Decided], dead: Mapping[MessageId, str]) -> None:
+        if messages:
+            self._database.run(
+                statement,
+                {
+                    **self._code(),
+                    **self._ids([one.id for one in messages]),
+                    "hashes": [one.message.content_hash for one in messages],
+                    "outcomes": ["dead_letter" if one.id in dead else one.outcome for one in messages],
+                    "projects": [_name(one.project) for one in messages],
+                    "sent_ats": [
+                        one.message.sent_at if isinstance(one.message, Message) else None for one in messages
+                    ],
                 },
             )
 
