@@ -83,6 +83,7 @@ class Place:
         self.projects.write_text(PROJECTS_YAML, encoding="utf-8")
         self._log = folder / f"{name}.log"
         with psycopg.connect(server.url, autocommit=True) as connection:
+            connection.execute("CHECKPOINT")  # what was measured before is not to be felt
             connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
         self.url = server.url.replace("/postgres?", f"/{name}?")
         with closing(connect(DatabaseUrl(self.url))) as database:

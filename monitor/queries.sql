@@ -311,13 +311,16 @@ WHERE (btrim(substring(submitted_by FROM '^\s*[+]?([^@:.]*)')) IN (SELECT unnest
 SELECT review_id, old_submitted_by, old_user_name FROM wa_monitor.repair WHERE undone_at IS NOT NULL
 
 -- name: lock_rows
--- These rows as they are now, locked until the batch is committed; those that are gone are missing.
-SELECT review.id::text, review.drop_number::text, coalesce(review.project, '')::text, review.submitted_by::text,
-       review.user_name::text
+-- These rows as they are now, locked until the batch is committed; those that are gone are missing. Looked up one by one,
+-- as a join reads the whole table for each batch.
+SELECT found.*
 FROM unnest(%(review_ids)s::text[], %(numbers)s::text[]) AS asked (review_id, drop_number)
-JOIN public.qa_photo_reviews AS review
-     ON review.drop_number = asked.drop_number AND review.id::text = asked.review_id
-FOR UPDATE OF review
+CROSS JOIN LATERAL (SELECT id::text, review.drop_number::text, coalesce(project, '')::text, submitted_by::text,
+                           user_name::text
+                    FROM public.qa_photo_reviews AS review
+                    WHERE review.drop_number = asked.drop_number AND review.id::text = asked.review_id
+                    OFFSET 0
+                    FOR UPDATE) AS found
 
 -- name: repair_reviews
 -- Two columns of rows that the batch holds locked, nothing else.
