@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     Rows = Callable[..., list[tuple[Any, ...]]]
 
 SOAK = os.environ.get("WA_SOAK") == "1"
+pytestmark = pytest.mark.timeout(3600 if SOAK else 120)
 BEGIN = datetime(2026, 11, 20, 8, tzinfo=UTC)
 LIDS = ("100000000000017", "90000000000019", "100000000000025")
 PHONES = ("27711234567", "263712345678", "447400123456")
