@@ -37,7 +37,7 @@ _PORT = 6432
 
 @pytest.fixture
 def pooled_url(postgres: EmbeddedPostgres, database_url: str, eventually: Eventually) -> Iterator[str]:
-    """The test's database through a pooler with two connections for everybody."""
+    """The test's database through a pooler with one connection for everybody."""
     if _PROGRAM is None:
         pytest.skip("PgBouncer is not installed: the monitor behind a transaction pooler")
     server = psycopg.conninfo.conninfo_to_dict(postgres.url)
@@ -47,7 +47,7 @@ def pooled_url(postgres: EmbeddedPostgres, database_url: str, eventually: Eventu
         settings.write_text(
             f"[databases]\n{name} = host={server['host']} user=postgres\n"
             f"[pgbouncer]\nlisten_addr =\nunix_socket_dir = {folder}\nlisten_port = {_PORT}\n"
-            "auth_type = any\npool_mode = transaction\ndefault_pool_size = 2\n"
+            "auth_type = any\npool_mode = transaction\ndefault_pool_size = 1\n"
             f"logfile = {folder}/log\n"
         )
         # It refuses to be root; as the embedded PostgreSQL, it is somebody else in a namespace of its own.
@@ -82,6 +82,7 @@ def test_handover_kill_and_repair_work_through_a_transaction_pooler(
         bridge.post(chat_jid=NORTHFIELD, sender=PHONE, content=f"DR{1000000 + number}")
         if number == 20:
             assert first.stop() == 0
+            assert "tried again" not in first.output()
         if number == 40:
             eventually(lambda: rows("SELECT epoch FROM wa_monitor.cursor") == [(2,)])
             (second if _writes(rows, second) else third).process.kill()
