@@ -23,7 +23,7 @@ from monitor import logs
 from monitor.errors import ConfigError, MonitorError
 from monitor.metrics import MonitorMetrics
 from monitor.notify import Notifier
-from monitor.projects import Projects, load_projects
+from monitor.projects import ProjectsFile
 from monitor.relay import Relay, Stop
 from monitor.settings import Settings, Values, load
 
@@ -43,7 +43,7 @@ def serve(settings: Settings) -> None:
     Raises `MonitorError` for what cannot be waited out.
     """
     projects = projects_of(settings)
-    logs.set_up(settings.log_level, full_numbers=settings.log_full_numbers)
+    logs.set_up(settings.log_level, full_numbers=settings.log_full_numbers, file=settings.log_file)
     metrics = MonitorMetrics()
     with (
         closing(Stop()) as stop,
@@ -55,11 +55,11 @@ def serve(settings: Settings) -> None:
         notifier.stopping()
 
 
-def projects_of(settings: Settings) -> Projects:
-    """Load the projects file; raises `ConfigError` if there is none or it cannot be meant."""
+def projects_of(settings: Settings) -> ProjectsFile:
+    """Open the projects file; raises `ConfigError` if there is none or it cannot be meant."""
     if settings.projects is None:
         raise ConfigError("no projects file given; set WA_PROJECTS or --projects to projects.yaml")
-    return load_projects(settings.projects)
+    return ProjectsFile(settings.projects)
 
 
 def fail(error: MonitorError) -> int:
@@ -86,6 +86,7 @@ def _parse(arguments: Sequence[str]) -> tuple[Values, Path | None]:
     parser.add_argument(
         "--since", metavar="WHEN", help="where a first start begins: ISO time, beginning, now"
     )
+    parser.add_argument("--adopt", metavar="STATE.JSON", help="the old monitor's state, for a first start")
     parser.add_argument(
         "--once", action="store_true", default=None, help="one pass over the backlog, then exit"
     )

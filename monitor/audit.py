@@ -5,9 +5,10 @@ store and nothing with `identity`, so it finds what a faulty resolver has stored
 digest of the code that stored it, from the events: after a fault one wants to know which version it was, and
 since when.
 
-A LID that stands is a failure (exit status 1), and so is a dead letter: a message that could not be stored.
-Senders that are pending are not: they are what happens when the map does not know somebody yet, and they
-complete themselves.
+A LID that stands is a failure (exit status 1), and so is a dead letter, a message that could not be stored,
+and a foreign row, which another writer put there. Senders that are pending are not: they are what happens
+when the map does not know somebody yet, and they complete themselves. `strict` makes them, and every LID
+that was ever stored, failures as well.
 """
 
 from dataclasses import dataclass
@@ -54,6 +55,32 @@ class Waiting:
 
 
 @dataclass(frozen=True, slots=True)
+class Foreign:
+    """Rows that another writer put into the table; they were left as they are."""
+
+    project: str
+    rows: int
+    first_at: datetime
+    last_at: datetime
+    posted: int
+    """In how many of them a message names the drop as well."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fresh:
+    """A drop that was stored lately, and how its sender was judged."""
+
+    drop_number: str
+    project: str
+    kind: str
+    stored_as: str
+    confidence: str | None
+    reason: str
+    stored_at: datetime
+    resolved_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
 class DeadLetters:
     """Messages that could not be stored, and are tried again at each start."""
 
@@ -72,11 +99,17 @@ class Findings:
     waiting: list[Waiting]
     dead_letters: list[DeadLetters]
     doubtful: list[Doubtful]
+    foreign_rows: list[Foreign]
+    fresh: list[Fresh]
+    """Only when they were asked for."""
+    strict: bool = False
 
     @property
     def failed(self) -> bool:
-        """Tell whether a LID stands in the table, or a message could not be stored."""
-        return bool(self.standing or self.dead_letters)
+        """Tell whether a LID or another writer's row stands in the table, or a message was refused."""
+        if self.strict and (self.newly_stored or self.waiting):
+            return True
+        return bool(self.standing or self.dead_letters or self.foreign_rows)
 
     def to_json(self) -> bytes:
         """Return the findings as JSON: the fields above, times in ISO form, and `failed`."""
@@ -84,8 +117,13 @@ class Findings:
         return msgspec.json.format(msgspec.json.encode(document), indent=2)
 
 
-def audit(database: Database, known: Known) -> Findings:
-    """Look at everything; raises `StoreError` when the database does not let it."""
+def audit(
+    database: Database, known: Known, *, since: datetime | None = None, strict: bool = False
+) -> Findings:
+    """Look at everything; raises `StoreError` when the database does not let it.
+
+    With `since` the drops are listed that were stored from then on.
+    """
     standing = database.rows("audit_standing", {"lids": list(lids_of(database, known))})
     return Findings(
         standing=[Standing(*row) for row in standing],
@@ -96,4 +134,9 @@ def audit(database: Database, known: Known) -> Findings:
         ],
         dead_letters=[DeadLetters(*row) for row in database.rows("audit_dead_letters")],
         doubtful=doubtful_rows(database, known),
+        foreign_rows=[Foreign(*row) for row in database.rows("audit_foreign")],
+        fresh=[]
+        if since is None
+        else [Fresh(*row) for row in database.rows("audit_drops", {"since": since})],
+        strict=strict,
     )

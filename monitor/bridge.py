@@ -21,7 +21,7 @@ comparing timestamps as text (offsets differ within one column), paging by messa
 
 import os
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -42,6 +42,7 @@ from monitor.messages import Message, Place, Unreadable, digest
 
 WHATSAPP_DB = "whatsapp.db"
 LOOK_BACK_ROWS = 500
+_PAGE_ROWS = 2000
 BUSY_TIMEOUT_SECONDS = 2.0
 
 _COLUMNS = ("id", "chat_jid", "sender", "content", "timestamp", "is_from_me")
@@ -104,6 +105,14 @@ class Bridge:
         """Return the place after the newest row."""
         file = self._messages.refresh()
         return _page(self._select("ORDER BY rowid DESC LIMIT ?", 1), Place(file=file)).end
+
+    def pages(self) -> Iterator[Sequence[Message | Unreadable]]:
+        """Yield everything in order of arrival, each page by a short read of its own."""
+        self._messages.refresh()
+        rowid = 0
+        while rows := self._select("WHERE rowid > ? ORDER BY rowid LIMIT ?", rowid, _PAGE_ROWS):
+            yield rows
+            rowid = rows[-1].rowid
 
     def find(self, ids: Sequence[tuple[str, str]]) -> list[Message | Unreadable]:
         """Return the messages of these chats and keys, as far as they are still there under their own id."""
@@ -260,7 +269,8 @@ def _parse(row: tuple[int, object, object, object, object, object, object]) -> M
     except ValueError as error:
         fault = fault or str(error)
     if fault is not None:
-        return Unreadable(rowid, _escaped(key), _escaped(chat)[:_MAX_ID_CHARACTERS], digest(content), fault)
+        chat = _escaped(chat)[:_MAX_ID_CHARACTERS]
+        return Unreadable(rowid, _escaped(key), chat, digest(content), fault, _escaped(content))
     return Message(rowid, key, chat, sender, content, sent_at, bool(is_from_me))
 
 

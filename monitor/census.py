@@ -1,12 +1,14 @@
-"""What stands in the table now, counted: LIDs, pending senders, repaired rows, doubtful values.
+"""What stands in the table now, counted: LIDs, foreign rows, pending senders, repairs, doubtful values.
 
-The rule: it only reads, it needs no claim on the cursor, and it counts what is there, whoever wrote it. A
-value is certainly a LID if the map lists it (or ever listed it) as one and not as a phone too, or if its
-address says so. A value that cannot be a phone and that the map does not have is doubtful: shown to a person,
-not counted as a LID.
+The rule: it only reads (an operator's adoption apart), it needs no claim on the cursor, and it counts what is
+there, whoever wrote it. A value is certainly a LID if the map lists it (or ever listed it) as one and not as
+a phone too, or if its address says so. A value that cannot be a phone and that the map does not have is
+doubtful: shown to a person, not counted as a LID.
 """
 
 from dataclasses import dataclass
+
+from psycopg.types.json import Jsonb
 
 from monitor.database import Database
 from monitor.identity import Known
@@ -38,6 +40,17 @@ def lid_rows(database: Database, known: Known) -> dict[str, int]:
     """Return how many rows hold a LID now, by project (empty for rows without one)."""
     with database.patient_transaction():
         return dict(database.rows("count_lid_rows", {"lids": list(lids_of(database, known))}))
+
+
+def foreign_rows(database: Database) -> dict[str, int]:
+    """Return how many rows another writer put there, by project (empty for rows without one)."""
+    with database.patient_transaction():
+        return dict(database.rows("count_foreign_rows"))
+
+
+def adopt_rows(database: Database, source: str) -> int:
+    """Take rows of other writers as they are, on an operator's word; return how many."""
+    return int(database.rows("adopt_rows", {"source": source, "positions": Jsonb({})})[0][0])
 
 
 def pending_drops(database: Database, source: str) -> int:

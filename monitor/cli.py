@@ -2,14 +2,15 @@
 
 The rule: this module turns arguments into settings and results into text, and decides nothing. What a
 service needs is in `app`, which a supervisor runs without this module and its libraries. A fault is one
-sentence on stderr, without a traceback: exit status 2 for what was asked wrongly, 1 for what failed or for
-an audit that found a LID or a dead letter.
+sentence on stderr, without a traceback: exit status 2 for what was asked wrongly, 1 for what failed, and for
+an audit, a reconciliation or an explanation that found what should not be, or nothing at all.
 
 Without a database URL the commands use an embedded PostgreSQL in the state directory, for as long as they
 run.
 """
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -19,19 +20,19 @@ from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.progress import Progress
 
 from monitor import app as program
-from monitor import schema
-from monitor.audit import Findings, audit
+from monitor import census, display, repair, schema
+from monitor.audit import audit
 from monitor.bridge import Bridge
-from monitor.database import connect
+from monitor.database import Database, connect
+from monitor.decision import Decider
+from monitor.drops import find_drops
 from monitor.errors import ConfigError, MonitorError
-from monitor.logs import mask_numbers
-from monitor.repair import Report, repair
-from monitor.settings import DatabaseUrl, Settings, Values, load
-from monitor.store import BUSINESS_ZONE
+from monitor.explain import explain
+from monitor.reconcile import reconcile
+from monitor.settings import DatabaseUrl, Settings, Values, load, parse_since
 
 commands = typer.Typer(
     name="wa-monitor",
@@ -54,6 +55,10 @@ _Url = Annotated[
         "--database-url", metavar="URL", help="PostgreSQL; without it an embedded one. Env: DATABASE_URL"
     ),
 ]
+_Projects = Annotated[
+    str | None, typer.Option("--projects", metavar="FILE", help="projects.yaml. Env: WA_PROJECTS")
+]
+_AsJson = Annotated[bool, typer.Option("--json", help="Print the findings as JSON")]
 _Config = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="TOML file; every flag is a key")
 ]
@@ -69,14 +74,16 @@ def run(
     *,
     bridge: _Bridge = None,
     database_url: _Url = None,
-    projects: Annotated[
-        str | None, typer.Option(metavar="FILE", help="projects.yaml. Env: WA_PROJECTS")
-    ] = None,
+    projects: _Projects = None,
     since: Annotated[
         str | None,
         typer.Option(
             metavar="WHEN", help="Where a first start begins: ISO time, beginning, now. Env: WA_SINCE"
         ),
+    ] = None,
+    adopt: Annotated[
+        str | None,
+        typer.Option(metavar="STATE.JSON", help="First start: go on where the old monitor was, with overlap"),
     ] = None,
     once: Annotated[bool, typer.Option("--once", help="One pass over the backlog, then exit")] = False,
     listen: Annotated[
@@ -90,16 +97,18 @@ def run(
         database_url=database_url,
         projects=projects,
         since=since,
+        adopt=adopt,
         once=once or None,
         listen=listen,
     )
     with _faults_said():
         given = load(flags, config=config)
         program.projects_of(given)
-        if given.database_url is None and given.since is None and not _embedded_exists():
+        is_told = given.since is not None or given.adopt is not None
+        if given.database_url is None and not is_told and not _embedded_exists():
             raise ConfigError(
-                "a first start; say where to begin with --since or WA_SINCE: an ISO time with offset,"
-                " `beginning` or `now`"
+                "a first start; say where to begin with --since or WA_SINCE (an ISO time with offset,"
+                " `beginning` or `now`) or with --adopt STATE.JSON"
             )
         with _with_database(given) as settings:
             program.serve(settings)
@@ -111,22 +120,36 @@ def repair_lids(
     bridge: _Bridge = None,
     database_url: _Url = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would change, change nothing")] = False,
+    since: Annotated[
+        str | None, typer.Option(metavar="WHEN", help="Only rows of messages sent from then on: ISO time")
+    ] = None,
+    undo: Annotated[
+        str | None,
+        typer.Option(metavar="RUN", help="Put back what that run replaced and nobody changed since"),
+    ] = None,
     config: _Config = None,
 ) -> None:
     """Replace LIDs that stand where a phone belongs by the phone that the bridge's map gives for them."""
-    flags = Values(bridge=bridge, database_url=database_url)
-    with (
-        _faults_said(),
-        _with_standing_database(load(flags, config=config)) as settings,
-        closing(Bridge(settings.bridge)) as reader,
-    ):
-        known = reader.known()
-        with closing(connect(settings.database_url)) as database:
+    with _faults_said():
+        if undo is not None and (dry_run or since is not None):
+            raise ConfigError("--undo goes without --dry-run and --since: it puts back a whole run")
+        with _opened(Values(bridge=bridge, database_url=database_url), config) as (
+            settings,
+            reader,
+            database,
+        ):
             if dry_run:
                 schema.check_reviews(database)
             else:
                 schema.prepare(database)
-            _show_repair(repair(database, known, dry_run=dry_run), full_numbers=settings.log_full_numbers)
+            if undo is not None:
+                display.show_undone(repair.undo(database, undo))
+                return
+            with _progress() as progress:
+                report = repair.repair(
+                    database, reader.known(), dry_run=dry_run, since=_instant(since), progress=progress
+                )
+            display.show_repair(report, full_numbers=settings.log_full_numbers)
 
 
 @commands.command("audit")
@@ -134,26 +157,95 @@ def audit_command(
     *,
     bridge: _Bridge = None,
     database_url: _Url = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON")] = False,
+    as_json: _AsJson = False,
+    since: Annotated[
+        str | None, typer.Option(metavar="WHEN", help="List the drops stored from then on: ISO time")
+    ] = None,
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="Exit status 1 for whatever is listed, not only for what is wrong"),
+    ] = False,
+    accept_foreign: Annotated[
+        bool, typer.Option("--accept-foreign", help="First take rows of other writers as they are")
+    ] = False,
     config: _Config = None,
 ) -> None:
-    """Say whether a LID stands in the table, and by which code; exit status 1 for that or a dead letter."""
-    flags = Values(bridge=bridge, database_url=database_url)
+    """Say whether a LID stands in the table, and by which code; exit status 1 for what is wrong."""
     with (
         _faults_said(),
-        _with_standing_database(load(flags, config=config)) as settings,
-        closing(Bridge(settings.bridge)) as reader,
+        _opened(Values(bridge=bridge, database_url=database_url), config) as (settings, reader, database),
     ):
         known = reader.known()
-        with closing(connect(settings.database_url)) as database:
-            schema.require(database)
-            schema.check_reviews(database)
-            findings = audit(database, known)
-    if as_json:
-        typer.echo(findings.to_json().decode())
-    else:
-        _show_findings(findings, full_numbers=settings.log_full_numbers)
-    raise typer.Exit(1 if findings.failed else 0)
+        schema.require(database)
+        schema.check_reviews(database)
+        if accept_foreign:
+            adopted = census.adopt_rows(database, settings.source)
+            typer.echo(f"{adopted} rows of other writers were adopted", err=True)
+        findings = audit(database, known, since=_instant(since), strict=strict)
+        if as_json:
+            typer.echo(findings.to_json().decode())
+        else:
+            display.show_findings(findings, full_numbers=settings.log_full_numbers)
+        raise typer.Exit(1 if findings.failed else 0)
+
+
+@commands.command("explain")
+def explain_command(
+    *,
+    drop: Annotated[str, typer.Argument(metavar="DR…", help="A drop number, as in DR1000001")],
+    bridge: _Bridge = None,
+    database_url: _Url = None,
+    projects: _Projects = None,
+    config: _Config = None,
+) -> None:
+    """Say what is known of a drop and of every message that names it; exit status 1 if there is no trace."""
+    flags = Values(bridge=bridge, database_url=database_url, projects=projects)
+    with _faults_said(), _opened(flags, config) as (settings, reader, database):
+        found = find_drops(drop, extra_separators=True, min_digits=5, max_digits=12).numbers
+        if len(found) != 1:
+            raise ConfigError(f"{drop!r} is no drop number; give one as DR1000001")
+        schema.require(database)
+        explanation = explain(
+            found[0],
+            database,
+            reader,
+            decider=Decider.of(settings, program.projects_of(settings).projects),
+            known=reader.known(),
+            source=settings.source,
+        )
+        display.show_explanation(explanation, full_numbers=settings.log_full_numbers)
+        raise typer.Exit(0 if explanation.seen else 1)
+
+
+@commands.command("reconcile")
+def reconcile_command(
+    *,
+    since: Annotated[
+        str, typer.Option(metavar="WHEN", help="Messages sent from then on: ISO time, beginning")
+    ],
+    bridge: _Bridge = None,
+    database_url: _Url = None,
+    projects: _Projects = None,
+    as_json: _AsJson = False,
+    config: _Config = None,
+) -> None:
+    """Compare the bridge with PostgreSQL, message by message; exit status 1 for any difference."""
+    flags = Values(bridge=bridge, database_url=database_url, projects=projects)
+    with _faults_said(), _opened(flags, config) as (settings, reader, database):
+        schema.require(database)
+        comparison = reconcile(
+            database,
+            reader,
+            Decider.of(settings, program.projects_of(settings).projects),
+            reader.known(),
+            source=settings.source,
+            since=_instant(since),
+        )
+        if as_json:
+            typer.echo(comparison.to_json().decode())
+        else:
+            display.show_comparison(comparison)
+        raise typer.Exit(1 if comparison.failed else 0)
 
 
 @commands.command()
@@ -180,6 +272,30 @@ def _faults_said() -> Iterator[None]:
 
 def _exit(status: int) -> NoReturn:
     raise typer.Exit(status)
+
+
+@contextmanager
+def _opened(flags: Values, config: Path | None) -> Iterator[tuple[Settings, Bridge, Database]]:
+    """Yield settings, bridge and a database that exists; the bridge must be readable before anything else."""
+    with (
+        _with_standing_database(load(flags, config=config)) as settings,
+        closing(Bridge(settings.bridge)) as reader,
+    ):
+        reader.known()
+        with closing(connect(settings.database_url)) as database:
+            yield settings, reader, database
+
+
+def _instant(since: str | None) -> datetime | None:
+    return None if since is None else parse_since(since).instant
+
+
+@contextmanager
+def _progress() -> Iterator[repair.Progress]:
+    """Yield what draws a bar on a terminal, on stderr, while there is something to do."""
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("rows", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 @contextmanager
@@ -222,66 +338,3 @@ def _state_directory() -> Path:
     if given:
         return Path(given)
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "wa-monitor"
-
-
-def _moment(instant: datetime) -> str:
-    return f"{instant.astimezone(BUSINESS_ZONE):%Y-%m-%d %H:%M:%S %Z}"
-
-
-def _say(console: Console, text: str) -> None:
-    """Print a line as it is: whole, and brackets in it are no markup."""
-    console.print(text, soft_wrap=True, markup=False, highlight=False)
-
-
-def _show_repair(report: Report, *, full_numbers: bool) -> None:
-    """Print what a repair did, by project, and what it had to leave."""
-    console = Console()
-    if report.repaired:
-        what = "would be repaired" if report.dry_run else f"were repaired in run {report.run_id}"
-        _say(console, f"{report.repaired.total()} rows {what}:")
-        table = Table("project", "rows")
-        for project in sorted(report.repaired):
-            table.add_row(escape(project) or "(none)", str(report.repaired[project]))
-        console.print(table)
-    else:
-        _say(console, "No LID that the map can resolve stands in the table.")
-    for row in report.unresolved:
-        value = row.value if full_numbers else mask_numbers(row.value)
-        _say(
-            console,
-            f"not resolved: {row.drop_number} in {row.project or '(none)'}:"
-            f" the map has no phone for {value}, or had several",
-        )
-
-
-def _show_findings(findings: Findings, *, full_numbers: bool) -> None:
-    """Print the findings: first what is wrong, then what waits."""
-    console = Console()
-    if findings.standing:
-        _say(console, f"LIDs stand in {sum(one.rows for one in findings.standing)} rows of the table:")
-        table = Table("project", "rows", "stored by tree", "since")
-        for one in findings.standing:
-            since = _moment(one.since) if one.since else "unknown"
-            table.add_row(escape(one.project) or "(none)", str(one.rows), one.tree or "(no record)", since)
-        console.print(table)
-    else:
-        _say(console, "No LID stands in the table.")
-    for new in findings.newly_stored:
-        _say(
-            console,
-            f"stored as LID: {new.drops} in {new.project} by tree {new.tree or '(not supervised)'},"
-            f" {_moment(new.first_at)} to {_moment(new.last_at)}",
-        )
-    for waiting in findings.waiting:
-        _say(
-            console,
-            f"{waiting.kind}: {waiting.drops} in {waiting.project} since {_moment(waiting.since)}",
-        )
-    for letter in findings.dead_letters:
-        _say(console, f"dead letters: {letter.messages} in {letter.project or '(none)'}: {letter.reason}")
-    for row in findings.doubtful:
-        value = row.value if full_numbers else mask_numbers(row.value)
-        _say(
-            console,
-            f"doubtful: {row.drop_number} in {row.project or '(none)'}: {value} is no phone, nor in the map",
-        )

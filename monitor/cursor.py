@@ -139,10 +139,14 @@ def begin(
     place: Place,
     since: datetime | None,
     since_rowid: int | None = None,
-) -> None:
-    """Create the row for a source that has none, released, so that it is then claimed like any other."""
+) -> bool:
+    """Create the row for a source that has none, released, so that it is then claimed like any other.
+
+    Of two first starts at once, one returns True.
+    """
     beginning = {"since": since, "since_rowid": since_rowid}
-    database.run("begin", {**_owner(source, owner, lease_seconds), **place_parameters(place), **beginning})
+    parameters = {**_owner(source, owner, lease_seconds), **place_parameters(place), **beginning}
+    return database.run("begin", parameters) == 1
 
 
 def claim(database: Database, source: str, seen: Cursor, owner: Owner, lease_seconds: float) -> Claim | None:

@@ -1,8 +1,9 @@
 r"""Text of a chat message -> the drop numbers in it.
 
-The rule: a drop is `DR` and six to eight ASCII digits, in either case, with up to two blanks between, not
-glued to a letter or digit in front and not followed by a further digit. All of them count, in order, each
-once; the result is spelled `DR` + digits, whatever the sender typed, so that one drop has one key.
+The rule: a drop is `DR` and six to eight ASCII digits (or as many as the project says), in either case, with
+up to two blanks between, not glued to a letter or digit in front and not followed by a further digit. All of
+them count, in order, each once; the result is spelled `DR` + digits, whatever the sender typed, so that one
+drop has one key.
 
 Text is put into NFKC form first (full-width digits and letters become plain, a no-break space a space) and
 format characters (zero-width space, soft hyphen) are removed. A line break never joins `DR` to digits.
@@ -36,14 +37,19 @@ class FoundDrops:
     """How many places look like a drop and are none; they are counted and never stored."""
 
 
-def find_drops(text: str, *, extra_separators: bool = False) -> FoundDrops:
-    """Return the drops of `text`; with `extra_separators`, `DR-1000001` and `DR: 1000001` are drops too."""
+def find_drops(
+    text: str, *, extra_separators: bool = False, min_digits: int = MIN_DIGITS, max_digits: int = MAX_DIGITS
+) -> FoundDrops:
+    """Return the drops of `text`; with `extra_separators`, `DR-1000001` and `DR: 1000001` are drops too.
+
+    `min_digits` is at least 5: below that, `DR` and a number are just words.
+    """
     numbers: dict[str, None] = {}
     look_alikes = 0
     for match in _CANDIDATE.finditer(_plain(text)):
         separators, digits = match.groups()
         too_loose = not extra_separators and not _EXTRA_SEPARATORS.isdisjoint(separators)
-        if too_loose or not MIN_DIGITS <= len(digits) <= MAX_DIGITS:
+        if too_loose or not min_digits <= len(digits) <= max_digits:
             look_alikes += 1
         else:
             numbers[f"DR{digits}"] = None

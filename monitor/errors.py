@@ -8,17 +8,22 @@ true and the service is up, a command line ends with `exit_code`. Rejected: erro
 which says no more than a class and cannot be caught by kind.
 """
 
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
+
+Component = Literal["settings", "bridge", "map", "database", "table", "cursor"]
+COMPONENTS: tuple[Component, ...] = get_args(Component)
 
 
 class MonitorError(Exception):
     """Base of everything the monitor raises on purpose; its text is meant for a person.
 
     `label` is the value of the label `error` in `wa_monitor_store_errors_total`, `exit_code` what a command
-    ends with, and `retry` says that the cause can go away without a change of code or settings.
+    ends with, `retry` says that the cause can go away without a change of code or settings, and `component`
+    which part of the way from the bridge to the table is broken.
     """
 
     label: ClassVar[str] = "internal"
+    component: ClassVar[Component] = "settings"
     exit_code: ClassVar[int] = 1
     retry: ClassVar[bool] = False
 
@@ -34,6 +39,7 @@ class BridgeError(MonitorError):
     """The bridge's files cannot be read now; the cursor stays where it is and the next scan tries again."""
 
     label = "bridge"
+    component: ClassVar[Component] = "bridge"
     retry = True
 
 
@@ -65,12 +71,14 @@ class MapUnavailableError(BridgeError):
     """The LID map cannot be read: nobody's identity can be judged, so nothing is read until it can."""
 
     label = "bridge_map"
+    component: ClassVar[Component] = "map"
 
 
 class StoreError(MonitorError):
     """PostgreSQL did not do what was asked; the transaction was rolled back and the cursor has not moved."""
 
     label = "store"
+    component: ClassVar[Component] = "database"
 
 
 class StoreUnavailableError(StoreError):
@@ -84,18 +92,21 @@ class StoreSchemaError(StoreError):
     """The database lacks a table, a column, a type or a right; somebody has to change it."""
 
     label = "store_schema"
+    component: ClassVar[Component] = "table"
 
 
 class StoreRefusedError(StoreError):
     """PostgreSQL refuses a value for what it is (a constraint, a length); only its message is affected."""
 
     label = "store_refused"
+    component: ClassVar[Component] = "table"
 
 
 class CursorLostError(StoreError):
     """Another writer holds the cursor row now. This one has written nothing and goes back to standby."""
 
     label = "cursor_lost"
+    component: ClassVar[Component] = "cursor"
     retry = True
 
 

@@ -4,13 +4,22 @@ The rule: masking happens in the one formatter through which every line goes, no
 that a new log call, or an error text that quotes a value, cannot forget it. Anything with nine or more
 digits in a row is a number; drop numbers have eight at most.
 
+With `LOG_FILE` every line goes to that file as well. It survives rotation: a file that was renamed, removed
+or replaced is opened anew at the next line, as logrotate's default mode wants it; and a disk that is full
+loses lines and nothing else.
+
 Rejected: structured JSON logs. The operators of this system grep for event names (`Found drop`, `Resolved
 LID`), and journald keeps the fields that JSON would add.
 """
 
+import contextlib
 import logging
 import re
 import sys
+from logging.handlers import WatchedFileHandler
+from pathlib import Path
+
+from monitor.errors import ConfigError
 
 _NUMBER = re.compile(r"(?<![0-9A-Za-z])[0-9]{9,}(?![0-9])", re.ASCII)
 _SHOWN_FIRST = 2
@@ -24,11 +33,22 @@ def mask_numbers(text: str) -> str:
     return _NUMBER.sub(_masked, text)
 
 
-def set_up(level: str, *, full_numbers: bool) -> None:
-    """Send the monitor's log to stdout; called once by a program's start, never at import."""
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(_OneLine(full_numbers=full_numbers))
-    log.handlers[:] = [handler]
+def set_up(level: str, *, full_numbers: bool, file: Path | None = None) -> None:
+    """Send the monitor's log to stdout and to `file`; called once by a program's start, never at import.
+
+    Raises `ConfigError` for a file that cannot be written.
+    """
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+    if file is not None:
+        try:
+            handlers.append(_File(file, encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(
+                f"log file {file}: {error.strerror}; set LOG_FILE to a file that can be written"
+            ) from error
+    for handler in handlers:
+        handler.setFormatter(_OneLine(full_numbers=full_numbers))
+    log.handlers[:] = handlers
     log.setLevel(level)
     log.propagate = False
 
@@ -46,6 +66,18 @@ class _OneLine(logging.Formatter):
         record.message = text if self._full_numbers else mask_numbers(text)
         record.asctime = self.formatTime(record, self.datefmt)
         return self.formatMessage(record)
+
+
+class _File(WatchedFileHandler):
+    """A log file that never stops the monitor: what cannot be written there still goes to stdout."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the record, in the file that has the name now, if that is possible."""
+        with contextlib.suppress(OSError):
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 -- the library's name
+        """Leave the record to the other handler."""
 
 
 def _masked(match: re.Match[str]) -> str:

@@ -41,6 +41,7 @@ class Unreadable:
     chat_jid: str
     content_hash: str
     reason: str
+    content: str = ""
 
 
 @dataclass(frozen=True, slots=True)

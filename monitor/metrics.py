@@ -12,22 +12,25 @@ Rejected: `Counter` objects and multiprocess mode, which leaves a file for every
 values is also indifferent to `PROMETHEUS_MULTIPROC_DIR`. Phones, LIDs and texts of people are never labels.
 """
 
+import itertools
 import threading
 import time
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from monitor.errors import BridgeError, StoreError, error_labels
+from monitor.errors import COMPONENTS, BridgeError, Component, StoreError, error_labels
 from monitor.judgement import JUDGEMENTS
 from monitor.totals import KINDS, DropSeries, Totals
 
 OTHER_PROJECT = "other"
+BATCH_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
 _ERROR_LABELS = error_labels(BridgeError, StoreError)
 
 
@@ -46,6 +49,13 @@ class Snapshot:
     lag_seconds: float = 0.0
     last_message_at: datetime | None = None
     errors: Mapping[str, int] = field(default_factory=dict)
+    foreign_rows: Mapping[str, int] = field(default_factory=dict)
+    backlog: int = 0
+    broken: Component | None = None
+    projects_refused: bool = False
+    batches: tuple[int, ...] = (0,) * (len(BATCH_SECONDS) + 1)
+    """Batches by time: at most so long, and longer."""
+    batches_seconds: float = 0.0
 
 
 class MonitorMetrics(Collector):
@@ -73,6 +83,14 @@ class MonitorMetrics(Collector):
             errors[label] += 1
             self._snapshot = replace(self._snapshot, errors=errors)
 
+    def count_batch(self, seconds: float) -> None:
+        """Count a batch that was decided and stored in that time."""
+        with self._lock:
+            batches = list(self._snapshot.batches)
+            batches[bisect_left(BATCH_SECONDS, seconds)] += 1
+            total_seconds = self._snapshot.batches_seconds + seconds
+            self._snapshot = replace(self._snapshot, batches=tuple(batches), batches_seconds=total_seconds)
+
     def collect(self) -> Iterator[Metric]:
         """Yield all families."""
         with self._lock:
@@ -85,6 +103,18 @@ class MonitorMetrics(Collector):
             "project",
             {**dict.fromkeys(now.projects, 0), **shown.messages},
         )
+        yield _by_label(
+            "wa_monitor_look_alikes",
+            "Places in messages that look like a drop and are none",
+            "project",
+            {**dict.fromkeys(now.projects, 0), **shown.look_alikes},
+        )
+        yield _by_label(
+            "wa_monitor_textless_messages",
+            "Messages without a text, such as photos: the bridge does not keep captions",
+            "project",
+            {**dict.fromkeys(now.projects, 0), **shown.textless},
+        )
         yield _counter(
             "wa_monitor_lid_resolved", "Pending senders that got their phone from the map", shown.resolved
         )
@@ -95,7 +125,33 @@ class MonitorMetrics(Collector):
             "error",
             {**dict.fromkeys(_ERROR_LABELS, 0), **now.errors},
         )
-        yield _lid_rows(now.projects, now.lid_rows)
+        yield _rows(
+            "wa_monitor_lid_rows",
+            "Rows of the table that hold a LID where a phone belongs",
+            now.projects,
+            now.lid_rows,
+        )
+        yield _rows(
+            "wa_monitor_foreign_rows",
+            "Rows of the table that another writer put there",
+            now.projects,
+            now.foreign_rows,
+        )
+        yield _gauge("wa_monitor_backlog_rows", "Rows of the bridge that were not read yet", now.backlog)
+        yield _broken(now.broken)
+        yield _gauge(
+            "wa_monitor_projects_refused",
+            "Whether the projects file is refused and the one before is in force",
+            int(now.projects_refused),
+        )
+        yield HistogramMetricFamily(
+            "wa_monitor_batch_seconds",
+            "Time to decide about a batch and to commit it",
+            buckets=list(
+                zip((*map(str, BATCH_SECONDS), "+Inf"), itertools.accumulate(now.batches), strict=True)
+            ),
+            sum_value=now.batches_seconds,
+        )
         yield _gauge(
             "wa_monitor_lid_pending", "Drops that wait for the map to learn their sender", now.pending
         )
@@ -126,16 +182,27 @@ def _drops(projects: tuple[str, ...], totals: Totals) -> CounterMetricFamily:
     return family
 
 
-def _lid_rows(projects: tuple[str, ...], rows: Mapping[str, int]) -> GaugeMetricFamily:
+def _rows(
+    name: str, documentation: str, projects: tuple[str, ...], rows: Mapping[str, int]
+) -> GaugeMetricFamily:
     """Show rows of projects that are not enabled, or of none, under one label: the table is not only ours."""
-    family = GaugeMetricFamily(
-        "wa_monitor_lid_rows", "Rows of the table that hold a LID where a phone belongs", labels=("project",)
-    )
+    family = GaugeMetricFamily(name, documentation, labels=("project",))
     counts = Counter(dict.fromkeys((*projects, OTHER_PROJECT), 0))
     for project, count in rows.items():
         counts[project if project in projects else OTHER_PROJECT] += count
     for project, count in counts.items():
         family.add_metric((project,), count)
+    return family
+
+
+def _broken(broken: Component | None) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(
+        "wa_monitor_broken",
+        "Whether the way from the bridge to the table is broken at this place",
+        labels=("component",),
+    )
+    for component in COMPONENTS:
+        family.add_metric((component,), int(component == broken))
     return family
 
 

@@ -2,13 +2,17 @@
 
 The format is the existing one (`projects:`, a list of `name`, `enabled`, `group_jid`, `description`) plus
 optional keys of ours. The rule: a file is taken whole or not at all. An unknown key, a wrong type, a group
-listed twice or a name used twice is an error that names the file and the place, because a misspelt `enabled`
-would otherwise lose drops in silence.
+listed twice or a name used twice is an error that names the file, the line and the place, because a misspelt
+`enabled` would otherwise lose drops in silence.
+
+The file is read again while the monitor runs (`ProjectsFile`). Its bytes decide, not its times; one that is
+refused changes nothing.
 
 A *drop space* is the set of projects among which a drop number is unique: the same drop posted again within
 one space is a resubmission, in another space it is a new drop.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +21,12 @@ from typing import Annotated, Literal
 import msgspec
 import yaml
 
+from monitor.drops import MAX_DIGITS, MIN_DIGITS
 from monitor.errors import ConfigError
 
 DEFAULT_DROP_SPACE = "qa"
 
+_STEP = re.compile(r"[^.\[\]]+")
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=100)]
 _GroupJid = Annotated[str, msgspec.Meta(pattern=r"^[0-9-]+@g\.us$")]
 
@@ -35,6 +41,9 @@ class Project(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     enabled: bool = False
     drop_space: _Name = DEFAULT_DROP_SPACE
     type: Literal["qa", "marketing"] = "qa"
+    min_digits: Annotated[int, msgspec.Meta(ge=5, le=12)] = MIN_DIGITS
+    max_digits: Annotated[int, msgspec.Meta(ge=5, le=12)] = MAX_DIGITS
+    """How many digits a drop of this project has."""
 
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -66,19 +75,54 @@ class Projects:
 
 
 def load_projects(path: Path) -> Projects:
-    """Read and check the file; every fault is a `ConfigError` that names file and place."""
+    """Read and check the file; every fault is a `ConfigError` that names file, line and place."""
+    return parse_projects(_read(path), path)
+
+
+def parse_projects(content: bytes, path: Path) -> Projects:
+    """Check the content of the file `path`, as `load_projects` does."""
     try:
-        document = yaml.safe_load(path.read_bytes())
-    except OSError as error:
-        raise ConfigError(f"projects file {path}: {error.strerror}; set WA_PROJECTS or --projects") from error
+        document = yaml.safe_load(content)
     except yaml.YAMLError as error:
         raise ConfigError(f"projects file {path}: not valid YAML: {_yaml_fault(error)}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"projects file {path}: not valid YAML: it is not UTF-8") from error
     try:
         parsed = msgspec.convert(document, _File)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"projects file {path}: {describe_fault(error)}") from error
-    _check(parsed.projects, path)
+        fault = describe_fault(error)
+        raise ConfigError(f"projects file {path}: {_line(content, fault)}{fault}") from error
+    _check(parsed.projects, content, path)
     return Projects(tuple(parsed.projects))
+
+
+class ProjectsFile:
+    """The file, looked at again and again; `projects` is what is in force."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._content = _read(path)
+        self.projects = parse_projects(self._content, path)
+
+    def has_changed(self) -> bool:
+        """Tell whether other projects are in force than at the last look.
+
+        Raises `ConfigError` once for each content that is refused, and as long as there is no file; what was
+        in force stays so.
+        """
+        content = _read(self._path)
+        if content == self._content:
+            return False
+        self._content = content
+        before, self.projects = self.projects, parse_projects(content, self._path)
+        return self.projects != before
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"projects file {path}: {error.strerror}; set WA_PROJECTS or --projects") from error
 
 
 def describe_fault(error: msgspec.ValidationError) -> str:
@@ -95,20 +139,43 @@ def _yaml_fault(error: yaml.YAMLError) -> str:
     return " ".join(str(error).split())
 
 
-def _check(projects: Sequence[Project], path: Path) -> None:
-    """Refuse what no single entry shows: repeated names and groups, and types that nothing stores yet."""
+def _line(content: bytes, fault: str) -> str:
+    """Return `line N: ` for a fault that begins with its place, `projects[1].enabled: ...`; else nothing."""
+    place = fault.partition(": ")[0]
+    node = yaml.compose(content, Loader=yaml.SafeLoader)
+    line = 0
+    for step in _STEP.findall(place):
+        if isinstance(node, yaml.SequenceNode) and step.isdigit() and int(step) < len(node.value):
+            node = node.value[int(step)]
+        elif isinstance(node, yaml.MappingNode):
+            found = [value for key, value in node.value if key.value == step]
+            if not found:
+                break
+            node = found[0]
+        else:
+            break
+        line = node.start_mark.line + 1
+    return f"line {line}: " if line else ""
+
+
+def _check(projects: Sequence[Project], content: bytes, path: Path) -> None:
+    """Refuse what no field shows by itself: repetitions, and types that nothing stores yet."""
     names: set[str] = set()
     groups: set[str] = set()
-    for project in projects:
+    for index, project in enumerate(projects):
+        fault = None
         if project.name in names:
-            raise ConfigError(f"projects file {path}: the name {project.name!r} is used twice")
-        if project.group_jid in groups:
-            raise ConfigError(f"projects file {path}: the group {project.group_jid} is listed twice")
-        if project.enabled and project.type == "marketing":
-            raise ConfigError(
-                f"projects file {path}: project {project.name!r} has type marketing, which is not stored yet;"
-                " set enabled: false"
+            fault = f"the name {project.name!r} is used twice"
+        elif project.group_jid in groups:
+            fault = f"the group {project.group_jid} is listed twice"
+        elif project.enabled and project.type == "marketing":
+            fault = (
+                f"project {project.name!r} has type marketing, which is not stored yet; set enabled: false"
             )
+        elif project.min_digits > project.max_digits:
+            fault = f"project {project.name!r} has more min_digits than max_digits"
+        if fault is not None:
+            raise ConfigError(f"projects file {path}: {_line(content, f'projects[{index}]: ')}{fault}")
         names.add(project.name)
         groups.add(project.group_jid)
     if not any(project.enabled for project in projects):

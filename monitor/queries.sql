@@ -43,6 +43,32 @@ VALUES (%(source)s, 0, %(host)s, %(pid)s, %(started)s, %(generation)s, %(tree)s,
         %(rowid)s, %(key)s, %(chat_jid)s, %(file)s, %(since)s, %(since_rowid)s)
 ON CONFLICT (source) DO NOTHING
 
+-- name: adopt_rows
+-- What stands in the table and nobody of ours explains is taken as it is, in one step that is recorded.
+WITH adopted AS (
+    INSERT INTO wa_monitor.adopted_row (review_id)
+    SELECT id::text FROM public.qa_photo_reviews AS review
+    WHERE NOT EXISTS (SELECT FROM wa_monitor.drop_event AS event
+                      WHERE event.review_id = review.id::text AND event.kind <> 'foreign')
+    ON CONFLICT DO NOTHING
+    RETURNING 1)
+INSERT INTO wa_monitor.adoption (source, rows_total, positions)
+SELECT %(source)s, (SELECT count(*) FROM adopted), %(positions)s
+RETURNING rows_total
+
+-- name: other_sources
+SELECT count(*) FROM wa_monitor.cursor WHERE source <> %(source)s
+
+-- name: adopted_positions
+-- Until when the old monitor had dealt with each chat, if its state was taken over.
+SELECT positions FROM wa_monitor.adoption WHERE source = %(source)s AND positions <> '{}' ORDER BY id DESC LIMIT 1
+
+-- name: name_installation
+INSERT INTO wa_monitor.installation (identity) VALUES (%(identity)s) ON CONFLICT DO NOTHING
+
+-- name: installation
+SELECT identity FROM wa_monitor.installation
+
 -- name: limit_lock_wait
 -- For the current transaction only: a frozen owner must not freeze the one that wants to take over.
 SELECT set_config('lock_timeout', '1s', true)
@@ -51,6 +77,10 @@ SELECT set_config('lock_timeout', '1s', true)
 -- For the current transaction only: what somebody else has locked is an error that is shown and tried again, within the
 -- silence that a supervisor allows (15 s), and not a monitor that hangs.
 SELECT set_config('lock_timeout', '3s', true), set_config('statement_timeout', '10s', true)
+
+-- name: check_constraints_now
+-- For the current transaction only: constraints that would be checked at the commit.
+SET CONSTRAINTS ALL IMMEDIATE
 
 -- name: claim
 -- Take over from the owner that was seen. Any sign of life in between (a renewal, another take-over) makes this a no-op.
@@ -113,11 +143,18 @@ CROSS JOIN LATERAL (SELECT drop_number FROM wa_monitor.drop_event AS event
                     OFFSET 0) AS found
 
 -- name: standing_drops
--- Which of these drops have a row, in whatever project.
-SELECT DISTINCT asked.number, found.project
+-- The rows of these drops in whatever project, the newest of each first, and whether we know how they came to be there:
+-- by an event of ours, or because they stood there before us.
+SELECT asked.number, found.project, found.review_id, found.sent_at, found.submitted_by, found.user_name,
+       EXISTS (SELECT FROM wa_monitor.drop_event AS event
+               WHERE event.review_id = found.review_id AND event.kind <> 'foreign') AS explained,
+       EXISTS (SELECT FROM wa_monitor.adopted_row AS adopted WHERE adopted.review_id = found.review_id) AS adopted
 FROM unnest(%(numbers)s::text[]) AS asked (number)
-CROSS JOIN LATERAL (SELECT project::text FROM public.qa_photo_reviews AS review
+CROSS JOIN LATERAL (SELECT project::text, id::text AS review_id, whatsapp_message_date AS sent_at,
+                           submitted_by::text, user_name::text
+                    FROM public.qa_photo_reviews AS review
                     WHERE review.drop_number = asked.number
+                    ORDER BY review_date DESC NULLS LAST, created_at DESC
                     OFFSET 0) AS found
 
 -- name: insert_reviews
@@ -144,11 +181,11 @@ RETURNING drop_number::text, project::text, id::text, submitted_by::text, user_n
 -- name: insert_events
 INSERT INTO wa_monitor.drop_event
     (source, chat_jid, message_key, drop_number, project, drop_space, kind, stored_as, sender, lid, phone, reason,
-     review_id, sent_at, tree, generation)
+     review_id, sent_at, confidence, tree, generation)
 SELECT %(source)s, event.*, %(tree)s, %(generation)s
 FROM unnest(%(chat_jids)s::text[], %(keys)s::text[], %(numbers)s::text[], %(projects)s::text[], %(spaces)s::text[],
             %(kinds)s::text[], %(stored_as)s::text[], %(senders)s::text[], %(lids)s::text[], %(phones)s::text[],
-            %(reasons)s::text[], %(review_ids)s::text[], %(sent_ats)s::timestamptz[]) AS event
+            %(reasons)s::text[], %(review_ids)s::text[], %(sent_ats)s::timestamptz[], %(confidences)s::text[]) AS event
 
 -- name: insert_pending
 INSERT INTO wa_monitor.pending (source, chat_jid, message_key, drop_number, project, sender, lid, review_id)
@@ -160,8 +197,16 @@ FROM unnest(%(chat_jids)s::text[], %(keys)s::text[], %(numbers)s::text[], %(proj
 -- Somebody with a phone took these rows over; nobody waits for them any more.
 DELETE FROM wa_monitor.pending WHERE review_id = ANY (%(review_ids)s)
 
+-- name: insert_messages
+-- The ledger: messages that it does not know. Nobody else writes for this source as long as its cursor row is locked.
+INSERT INTO wa_monitor.message
+    (source, chat_jid, message_key, content_hash, outcome, project, sent_at, tree, generation)
+SELECT %(source)s, done.*, %(tree)s, %(generation)s
+FROM unnest(%(chat_jids)s::text[], %(keys)s::text[], %(hashes)s::text[], %(outcomes)s::text[], %(projects)s::text[],
+            %(sent_ats)s::timestamptz[]) AS done
+
 -- name: record_messages
--- The ledger. An edit or a message that could be stored after all replaces what was known.
+-- The ledger: an edit, or a message that could be stored after all, replaces what was known.
 INSERT INTO wa_monitor.message
     (source, chat_jid, message_key, content_hash, outcome, project, sent_at, tree, generation)
 SELECT %(source)s, done.*, %(tree)s, %(generation)s
@@ -238,44 +283,88 @@ WHERE btrim(substring(submitted_by FROM '^\s*[+]?([^@:.]*)')) IN (SELECT unnest(
    OR submitted_by ~* '@(hosted[.])?lid\s*$' OR user_name ~* '@(hosted[.])?lid\s*$'
 GROUP BY 1
 
+-- name: count_foreign_rows
+-- Rows that no event of ours explains and that did not stand there before us: another writer's, by project.
+SELECT coalesce(project, '')::text, count(*)
+FROM public.qa_photo_reviews AS review
+WHERE NOT EXISTS (SELECT FROM wa_monitor.adopted_row AS adopted WHERE adopted.review_id = review.id::text)
+  AND NOT EXISTS (SELECT FROM wa_monitor.drop_event AS event
+                  WHERE event.review_id = review.id::text AND event.kind <> 'foreign')
+GROUP BY 1
+
 -- name: count_pending
 SELECT count(*) FROM wa_monitor.pending WHERE source = %(source)s
 
 -- name: count_repaired
 SELECT count(*) FROM wa_monitor.repair
 
--- name: lid_rows_to_repair
--- The next rows that hold a LID which the map can resolve, locked until the batch is committed.
+-- name: lid_rows
+-- The rows that hold a LID which the map can resolve, of messages sent since then.
 SELECT id::text, drop_number::text, coalesce(project, '')::text, submitted_by::text, user_name::text
-FROM public.qa_photo_reviews
-WHERE id::text > %(after)s
-  AND (btrim(substring(submitted_by FROM '^\s*[+]?([^@:.]*)')) IN (SELECT unnest(%(lids)s::text[]))
+FROM public.qa_photo_reviews AS review
+WHERE (btrim(substring(submitted_by FROM '^\s*[+]?([^@:.]*)')) IN (SELECT unnest(%(lids)s::text[]))
        OR btrim(substring(user_name FROM '^\s*[+]?([^@:.]*)')) IN (SELECT unnest(%(lids)s::text[])))
-ORDER BY id::text
-LIMIT %(limit)s
-FOR UPDATE
+  AND (%(since)s::timestamptz IS NULL OR coalesce(whatsapp_message_date, created_at) >= %(since)s::timestamptz)
 
--- name: lid_rows_to_show
--- The same without the locks, for a run that changes nothing.
-SELECT id::text, drop_number::text, coalesce(project, '')::text, submitted_by::text, user_name::text
-FROM public.qa_photo_reviews
-WHERE id::text > %(after)s
-  AND (btrim(substring(submitted_by FROM '^\s*[+]?([^@:.]*)')) IN (SELECT unnest(%(lids)s::text[]))
-       OR btrim(substring(user_name FROM '^\s*[+]?([^@:.]*)')) IN (SELECT unnest(%(lids)s::text[])))
-ORDER BY id::text
-LIMIT %(limit)s
+-- name: rows_put_back
+-- What operators have put back, as they put it.
+SELECT review_id, old_submitted_by, old_user_name FROM wa_monitor.repair WHERE undone_at IS NOT NULL
 
--- name: repair_review
--- Two columns of a row that the batch holds locked, nothing else.
-UPDATE public.qa_photo_reviews
-SET submitted_by = %(new_submitted_by)s, user_name = %(new_user_name)s
-WHERE drop_number = %(drop_number)s AND id::text = %(review_id)s
+-- name: lock_rows
+-- These rows as they are now, locked until the batch is committed; those that are gone are missing. Looked up one by one,
+-- as a join reads the whole table for each batch.
+SELECT found.*
+FROM unnest(%(review_ids)s::text[], %(numbers)s::text[]) AS asked (review_id, drop_number)
+CROSS JOIN LATERAL (SELECT id::text, review.drop_number::text, coalesce(project, '')::text, submitted_by::text,
+                           user_name::text
+                    FROM public.qa_photo_reviews AS review
+                    WHERE review.drop_number = asked.drop_number AND review.id::text = asked.review_id
+                    OFFSET 0
+                    FOR UPDATE) AS found
 
--- name: record_repair
+-- name: repair_reviews
+-- Two columns of rows that the batch holds locked, nothing else.
+UPDATE public.qa_photo_reviews AS review
+SET submitted_by = fixed.submitted_by, user_name = fixed.user_name
+FROM unnest(%(review_ids)s::text[], %(numbers)s::text[], %(new_submitted_bys)s::text[], %(new_user_names)s::text[])
+     AS fixed (review_id, drop_number, submitted_by, user_name)
+WHERE review.drop_number = fixed.drop_number AND review.id::text = fixed.review_id
+
+-- name: record_repairs
 INSERT INTO wa_monitor.repair (run_id, review_id, drop_number, project, old_submitted_by, new_submitted_by,
                                old_user_name, new_user_name)
-VALUES (%(run_id)s, %(review_id)s, %(drop_number)s, %(project)s, %(old_submitted_by)s, %(new_submitted_by)s,
-        %(old_user_name)s, %(new_user_name)s)
+SELECT %(run_id)s, fixed.*
+FROM unnest(%(review_ids)s::text[], %(numbers)s::text[], %(projects)s::text[], %(old_submitted_bys)s::text[],
+            %(new_submitted_bys)s::text[], %(old_user_names)s::text[], %(new_user_names)s::text[]) AS fixed
+
+-- name: undo_repairs
+-- What a run changed and nobody has changed since gets its old values back.
+WITH restored AS (
+    UPDATE public.qa_photo_reviews AS review
+    SET submitted_by = repair.old_submitted_by, user_name = repair.old_user_name
+    FROM wa_monitor.repair AS repair
+    WHERE repair.run_id = %(run_id)s AND repair.undone_at IS NULL
+      AND review.drop_number = repair.drop_number AND review.id::text = repair.review_id
+      AND review.submitted_by IS NOT DISTINCT FROM repair.new_submitted_by
+      AND review.user_name IS NOT DISTINCT FROM repair.new_user_name
+    RETURNING repair.review_id)
+UPDATE wa_monitor.repair AS repair
+SET undone_at = now()
+FROM restored
+WHERE repair.run_id = %(run_id)s AND repair.review_id = restored.review_id
+RETURNING coalesce(repair.project, '')
+
+-- name: repairs_not_undone
+SELECT drop_number, coalesce(project, '') FROM wa_monitor.repair
+WHERE run_id = %(run_id)s AND undone_at IS NULL
+ORDER BY 2, 1
+
+-- name: repairs_of_run
+SELECT count(*) FROM wa_monitor.repair WHERE run_id = %(run_id)s
+
+-- name: repair_runs
+-- The newest runs first.
+SELECT DISTINCT run_id FROM wa_monitor.repair ORDER BY 1 DESC LIMIT 5
 
 -- name: doubtful_rows
 -- Senders that may be a LID which the map does not have: an address at a LID server, or very many digits.
@@ -303,7 +392,7 @@ ORDER BY 1, 2
 -- Drops that were judged to hold a LID at the moment they were stored, by project and code.
 SELECT project, tree, min(stored_at), max(stored_at), count(*)
 FROM wa_monitor.drop_event
-WHERE stored_as = 'lid'
+WHERE stored_as = 'lid' AND kind IN ('new', 'resubmission')
 GROUP BY 1, 2
 ORDER BY 1, 2
 
@@ -312,3 +401,71 @@ SELECT project, lid IS NOT NULL, count(*), min(since) FROM wa_monitor.pending GR
 
 -- name: audit_dead_letters
 SELECT coalesce(project, ''), reason, count(*), max(failed_at) FROM wa_monitor.dead_letter GROUP BY 1, 2 ORDER BY 1, 2
+
+-- name: audit_foreign
+-- Rows that no event of ours explains and that did not stand there before us, by project; in how many of them a message
+-- of the bridge names the drop too.
+SELECT coalesce(project, '')::text, count(*), min(created_at), max(created_at),
+       count(*) FILTER (WHERE EXISTS (SELECT FROM wa_monitor.drop_event AS event WHERE event.review_id = review.id::text))
+FROM public.qa_photo_reviews AS review
+WHERE NOT EXISTS (SELECT FROM wa_monitor.adopted_row AS adopted WHERE adopted.review_id = review.id::text)
+  AND NOT EXISTS (SELECT FROM wa_monitor.drop_event AS event
+                  WHERE event.review_id = review.id::text AND event.kind <> 'foreign')
+GROUP BY 1
+ORDER BY 1
+
+-- name: audit_drops
+-- What was stored since then, and how its sender was judged.
+SELECT drop_number, project, kind, stored_as, confidence, reason, stored_at, resolved_at
+FROM wa_monitor.drop_event
+WHERE stored_at >= %(since)s AND kind IN ('new', 'resubmission')
+ORDER BY stored_at, drop_number
+
+-- name: ledger_entries
+-- What became of these messages, and why those were refused that were.
+SELECT asked.chat_jid, asked.message_key, found.outcome, found.decided_at, found.reason
+FROM unnest(%(chat_jids)s::text[], %(keys)s::text[]) AS asked (chat_jid, message_key)
+CROSS JOIN LATERAL (SELECT message.outcome, message.decided_at, letter.reason
+                    FROM wa_monitor.message AS message
+                    LEFT JOIN wa_monitor.dead_letter AS letter USING (source, chat_jid, message_key)
+                    WHERE message.source = %(source)s AND message.chat_jid = asked.chat_jid
+                      AND message.message_key = asked.message_key
+                    OFFSET 0) AS found
+
+-- name: explain_events
+-- Every message that named this drop, as it was dealt with.
+SELECT chat_jid, message_key, kind, project, sent_at, stored_at, reason, stored_as, resolved_at
+FROM wa_monitor.drop_event
+WHERE drop_number = %(number)s
+ORDER BY stored_at
+
+-- name: explain_rows
+-- The rows of this drop, and who put them there.
+SELECT coalesce(project, '')::text, whatsapp_message_date, created_at, submitted_by::text, resubmitted,
+       CASE WHEN EXISTS (SELECT FROM wa_monitor.drop_event AS event
+                         WHERE event.review_id = review.id::text AND event.kind IN ('new', 'resubmission'))
+            THEN 'monitor'
+            WHEN EXISTS (SELECT FROM wa_monitor.adopted_row AS adopted WHERE adopted.review_id = review.id::text)
+            THEN 'adopted' ELSE 'foreign' END
+FROM public.qa_photo_reviews AS review
+WHERE drop_number = %(number)s
+ORDER BY created_at
+
+-- name: reconcile_gone
+-- Drops that were stored and whose row is not there any more.
+SELECT drop_number, project, sent_at, 'stored as ' || kind
+FROM wa_monitor.drop_event AS event
+WHERE source = %(source)s AND (%(since)s::timestamptz IS NULL OR sent_at >= %(since)s::timestamptz)
+  AND NOT EXISTS (SELECT FROM public.qa_photo_reviews AS review
+                  WHERE review.drop_number = event.drop_number AND review.id::text = event.review_id)
+ORDER BY sent_at, drop_number
+
+-- name: reconcile_foreign
+-- Rows that another writer put there.
+SELECT drop_number::text, coalesce(project, '')::text, created_at, 'another writer'
+FROM public.qa_photo_reviews AS review
+WHERE (%(since)s::timestamptz IS NULL OR coalesce(whatsapp_message_date, created_at) >= %(since)s::timestamptz)
+  AND NOT EXISTS (SELECT FROM wa_monitor.adopted_row AS adopted WHERE adopted.review_id = review.id::text)
+  AND NOT EXISTS (SELECT FROM wa_monitor.drop_event AS event
+                  WHERE event.review_id = review.id::text AND event.kind <> 'foreign')
+ORDER BY created_at, drop_number

@@ -13,7 +13,7 @@ process took) is waited for, for ever, with growing pauses and in plain sight: s
 `wa_monitor_store_errors_total`. Nothing is skipped meanwhile, because the cursor does not move. What cannot
 come back by itself ends a monitor that is not ready yet, and is waited for by one that is.
 
-A process that may not write stands by: it is READY, it looks at the cursor row twenty times a second, and its
+A process that may not write stands by: it is READY, it looks at the cursor row fifty times a second, and its
 watchdog message follows each look. That is what makes the handover to a new generation, and to another host,
 a matter of milliseconds.
 
@@ -25,33 +25,44 @@ import os
 import random
 import select
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from psycopg.types.json import Jsonb
 
 from monitor import census, cursor
-from monitor.bridge import LOOK_BACK_ROWS, Bridge, Page
+from monitor.adoption import OVERLAP, read_state
+from monitor.bridge import LOOK_BACK_ROWS, WHATSAPP_DB, Bridge, Page
+from monitor.canary import try_write
 from monitor.cursor import Claim, Cursor, Owner
 from monitor.database import Database, connect
-from monitor.drops import find_drops
+from monitor.decision import Decider
 from monitor.errors import ConfigError, MonitorError, StoreError, StoreRefusedError
-from monitor.identity import Known, OwnMessage, Phone, Rules, identify
+from monitor.identity import Known, Phone
 from monitor.logs import log
 from monitor.messages import Message, Place, Unreadable
 from monitor.metrics import MonitorMetrics
 from monitor.notify import Notifier
-from monitor.projects import Project, Projects
-from monitor.schema import check_reviews, prepare
+from monitor.projects import Projects, ProjectsFile
+from monitor.repair import repair_some
+from monitor.schema import check_identity, check_reviews, prepare
 from monitor.settings import Settings
-from monitor.store import Decided, PendingDrop, Store, StoredDrop
+from monitor.store import Store, StoredDrop
 
-BATCH_MESSAGES = 500
-# The bridge is asked itself, by a SELECT that costs some twenty microseconds. The files' times are no
-# substitute: two commits within one tick of the clock leave the same time, and the second would be seen
-# late.
+if TYPE_CHECKING:
+    from monitor.wakeup import Wakeup
+
+BATCH_MESSAGES = 2000
+# Between two looks at the bridge, with events of the files to wake us and without. The bridge is asked
+# itself, by a SELECT that costs some twenty microseconds. The files' times are no substitute: two commits
+# within one tick of the clock leave the same time, and the second would be seen late.
+_SLOW_POLL_SECONDS = 1.0
 _POLL_SECONDS = 0.05
-_LOOK_SECONDS = 0.05
+_LOOK_SECONDS = 0.02
+_PROJECTS_LOOK_SECONDS = 1.0
 _FIRST_PAUSE_SECONDS = 0.1
 _LONGEST_PAUSE_SECONDS = 5.0
 _PING_SECONDS = 1.0
@@ -73,9 +84,9 @@ class Stop:
             self.requested = True
             os.write(self._writer, b"x")
 
-    def wait(self, seconds: float) -> None:
-        """Wait for `seconds`, or until the end is asked for."""
-        select.select([self._reader], [], [], seconds)
+    def wait(self, seconds: float, *others: "Wakeup") -> None:
+        """Wait for `seconds`, until the end is asked for, or until one of the others calls."""
+        select.select([self._reader, *(other.fileno() for other in others)], [], [], seconds)
 
     def close(self) -> None:
         """Close the pipe."""
@@ -93,7 +104,7 @@ class Relay:
     def __init__(
         self,
         settings: Settings,
-        projects: Projects,
+        projects: ProjectsFile,
         *,
         notifier: Notifier,
         metrics: MonitorMetrics,
@@ -101,6 +112,8 @@ class Relay:
     ) -> None:
         self._settings = settings
         self._projects = projects
+        self._projects_look = _Due(_PROJECTS_LOOK_SECONDS)
+        self._projects_fault = ""
         self._notifier = notifier
         self._metrics = metrics
         self._stop = stop
@@ -108,7 +121,7 @@ class Relay:
         self._ready = False
         self._failures = 0
         self._last_failure = ""
-        metrics.update(projects=tuple(project.name for project in projects.enabled))
+        metrics.update(projects=_names(projects.projects))
 
     def run(self) -> None:
         """Relay until the stop, or with `--once` until the backlog is done."""
@@ -125,22 +138,36 @@ class Relay:
 
     def _serve(self) -> None:
         """Relay over one connection to the database, as long as it lasts."""
+        # Imported here: its library takes 40 ms, which whoever only loads this module need not wait for.
+        from monitor.wakeup import Wakeup  # noqa: PLC0415
+
         with closing(Bridge(self._settings.bridge)) as bridge:
             bridge.known()
-            end = bridge.end()
             with closing(connect(self._settings.database_url)) as database:
-                prepare(database)
-                claimed = self._stand_by(database, end)
-                if claimed is not None:
-                    self._relay(bridge, database, *claimed)
+                self._check(database)
+                # Watched from before the first read on, so that nothing comes in between unannounced.
+                with closing(
+                    Wakeup(self._settings.bridge.parent, (self._settings.bridge.name, WHATSAPP_DB))
+                ) as wakeup:
+                    claimed = self._stand_by(database, bridge)
+                    if claimed is not None:
+                        self._relay(bridge, database, wakeup, *claimed)
 
-    def _stand_by(self, database: Database, end: Place) -> tuple[Claim, Cursor] | None:
+    def _check(self, database: Database) -> None:
+        """Prepare the database; before this process is ready, see that it takes what we write."""
+        prepare(database)
+        if self._settings.database_identity is not None:
+            check_identity(database, self._settings.database_identity)
+        if not self._ready:
+            try_write(database, self._projects.projects.enabled[0].name)
+
+    def _stand_by(self, database: Database, bridge: Bridge) -> tuple[Claim, Cursor] | None:
         """Wait for the right to write; None if the stop came first."""
         source, lease_seconds = self._settings.source, self._settings.lease_seconds
         while not self._stop.requested:
             seen = cursor.look(database, source)
             if seen is None:
-                self._begin(database, end)
+                self._begin(database, bridge)
                 continue
             self._become_ready(database)
             status = f"standing by, {seen.owner} writes"
@@ -159,25 +186,45 @@ class Relay:
             self._stop.wait(_LOOK_SECONDS)
         return None
 
-    def _begin(self, database: Database, end: Place) -> None:
-        """Create the cursor where there is none; where to begin is the operator's decision."""
-        since = self._settings.since
-        if since is None:
-            raise ConfigError(
-                f"no cursor for source {self._settings.source!r} in {database.place} yet;"
-                " say where to begin with --since or WA_SINCE: an ISO time with offset, `beginning` or `now`"
-            )
-        cursor.begin(
-            database,
-            self._settings.source,
-            owner=self._owner,
-            lease_seconds=self._settings.lease_seconds,
-            place=end if since.now else Place(),
-            since=since.instant,
-            since_rowid=end.rowid if since.now else None,
-        )
+    def _begin(self, database: Database, bridge: Bridge) -> None:
+        """Create the cursor where there is none; where to begin is the operator's decision.
 
-    def _relay(self, bridge: Bridge, database: Database, held: Claim, seen: Cursor) -> None:
+        The first cursor of a database adopts the rows that stand in the table.
+        """
+        source, since = self._settings.source, self._settings.since
+        if (since is None) == (self._settings.adopt is None):
+            raise ConfigError(
+                f"no cursor for source {source!r} in {database.place} yet; say where to begin with --since"
+                " or WA_SINCE (an ISO time with offset, `beginning` or `now`) or with --adopt STATE.JSON,"
+                " and not with both"
+            )
+        handled = self._read_state(bridge)
+        end = bridge.end()
+        starts_now = since is not None and since.now
+        with database.transaction():
+            began = cursor.begin(
+                database,
+                source,
+                owner=self._owner,
+                lease_seconds=self._settings.lease_seconds,
+                place=end if starts_now else Place(),
+                since=min(handled.values()) - OVERLAP if since is None else since.instant,
+                since_rowid=end.rowid if starts_now else None,
+            )
+            if began and database.rows("other_sources", {"source": source})[0][0] == 0:
+                positions = Jsonb({chat: time.isoformat() for chat, time in handled.items()})
+                adopted = database.rows("adopt_rows", {"source": source, "positions": positions})
+                log.info("Adopted %d rows that stood in the table", adopted[0][0])
+
+    def _read_state(self, bridge: Bridge) -> Mapping[str, datetime]:
+        """Return until when the old monitor had dealt with each chat, if its state is to be taken over."""
+        if self._settings.adopt is None:
+            return {}
+        handled = read_state(self._settings.adopt, bridge.find, self._settings.business_zone)
+        log.info("Loaded state: %d groups", len(handled))
+        return handled
+
+    def _relay(self, bridge: Bridge, database: Database, wakeup: "Wakeup", held: Claim, seen: Cursor) -> None:
         """Turn after turn until the stop; then let the next owner in."""
         log.info(
             "Drop monitor started (epoch %d, source %s, database %s)", held.epoch, held.source, database.place
@@ -187,35 +234,79 @@ class Relay:
             self._metrics.show_since(seen.totals)
         else:
             self._metrics.update(totals=seen.totals)
+        handled = {
+            chat: datetime.fromisoformat(text)
+            for (positions,) in database.rows("adopted_positions", {"source": held.source})
+            for chat, text in positions.items()
+        }
+        store = Store(
+            database,
+            held,
+            self._projects.projects,
+            check_table=check_reviews,
+            handled_until=handled,
+            business_zone=self._settings.business_zone,
+        )
         writer = _Writer(
             bridge,
-            Store(database, held, self._projects, check_table=check_reviews),
+            store,
             database,
             seen,
             self._settings,
-            projects=self._projects,
+            handled=handled,
             notifier=self._notifier,
             metrics=self._metrics,
         )
         writer.look_back()
         writer.retry_dead_letters()
         while not self._stop.requested:
+            if self._look_at_projects():
+                writer.use(self._projects.projects)
+            rung = wakeup.rung()
             found_work = writer.turn()
+            if found_work and not rung:
+                wakeup.missed()
             self._turn_completed()
             if not found_work:
                 if self._settings.once:
+                    writer.count()
                     break
-                self._stop.wait(_POLL_SECONDS)
+                self._stop.wait(_SLOW_POLL_SECONDS if wakeup.trusted else _POLL_SECONDS, wakeup)
         writer.release()
+
+    def _look_at_projects(self) -> bool:
+        """Tell whether the projects file says something else now; one that is refused changes nothing."""
+        if not self._projects_look.now():
+            return False
+        self._projects_look.done()
+        before = _names(self._projects.projects)
+        try:
+            changed = self._projects.has_changed()
+        except ConfigError as error:
+            if str(error) != self._projects_fault:
+                log.error("%s; the projects that were in force stay", error)
+                self._notifier.status(f"{error}; the projects that were in force stay")
+            self._projects_fault = str(error)
+            self._metrics.update(projects_refused=True)
+            return False
+        now = _names(self._projects.projects)
+        if changed:
+            added, removed = sorted(set(now) - set(before)), sorted(set(before) - set(now))
+            log.info("Projects file applied: %d enabled, new: %s, gone: %s", len(now), added, removed)
+            self._projects_fault = ""
+            self._metrics.update(projects=now, projects_refused=False)
+        return changed
 
     def _become_ready(self, database: Database) -> None:
         """Say once that everything is open, checked, and that this process may or could write."""
         if not self._ready:
             self._ready = True
-            log.info("Ready (%d projects, database %s)", len(self._projects.enabled), database.place)
+            log.info("Ready (%d projects, database %s)", len(self._projects.projects.enabled), database.place)
             self._notifier.ready()
 
     def _turn_completed(self) -> None:
+        if self._failures:
+            self._metrics.update(broken=None)
         self._failures = 0
         self._last_failure = ""
         self._notifier.alive()
@@ -223,6 +314,7 @@ class Relay:
     def _report(self, error: MonitorError) -> None:
         """Show a failure that is being waited out, each kind of it once in the log."""
         self._metrics.count_error(error.label)
+        self._metrics.update(broken=error.component)
         self._notifier.status(str(error))
         if str(error) != self._last_failure:
             log.warning("%s", error)
@@ -266,7 +358,7 @@ class _Writer:
         seen: Cursor,
         settings: Settings,
         *,
-        projects: Projects,
+        handled: Mapping[str, datetime],
         notifier: Notifier,
         metrics: MonitorMetrics,
     ) -> None:
@@ -274,10 +366,10 @@ class _Writer:
         self._store = store
         self._database = database
         self._settings = settings
-        self._projects = projects
+        self._handled = handled
         self._notifier = notifier
         self._metrics = metrics
-        self._rules = Rules(settings.calling_codes)
+        self._decider = Decider.of(settings, store.projects)
         self._place = seen.place
         self._since = seen.since
         self._since_rowid = seen.since_rowid
@@ -286,6 +378,13 @@ class _Writer:
         self._in_episode = False
         self._renewal = _Due(settings.lease_seconds / _RENEWALS_PER_LEASE)
         self._count = _Due(settings.scan_interval_seconds)
+        self._repair = _Due(settings.auto_repair_seconds)
+        self._standing = False
+
+    def use(self, projects: Projects) -> None:
+        """Judge by these projects from the next batch on."""
+        self._store.projects = projects
+        self._decider = Decider.of(self._settings, projects)
 
     def look_back(self) -> None:
         """Read the last rows before the cursor once more: the overlap that makes a takeover safe."""
@@ -323,7 +422,7 @@ class _Writer:
             self._go_back(page.rescan_from, page.end.file)
         elif page.rows:
             self._store_page(page, known)
-        self._look_after(known)
+        self._look_after()
         return page.rescan_from is not None or bool(page.rows)
 
     def release(self) -> None:
@@ -340,7 +439,9 @@ class _Writer:
         """Log new mappings, and complete the drops whose sender they name."""
         self._store.remember(known)
         found = [
-            (drop, phone) for drop in self._store.pending() if (phone := self._phone(drop, known)) is not None
+            (drop, phone)
+            for drop in self._store.pending()
+            if (phone := self._decider.phone(drop.sender, drop.chat_jid, known)) is not None
         ]
         for first in range(0, len(found), BATCH_MESSAGES):
             completed, totals = self._store.complete(found[first : first + BATCH_MESSAGES], known)
@@ -354,11 +455,6 @@ class _Writer:
                     )
         self._known = known
 
-    def _phone(self, drop: PendingDrop, known: Known) -> Phone | None:
-        """Decide again who sent a pending drop."""
-        identity = identify(drop.sender, drop.chat_jid, known, self._rules)
-        return identity if isinstance(identity, Phone) else None
-
     def _store_page(self, page: Page, known: Known) -> None:
         """Decide and store one batch."""
         self._store_rows([row for row in page.rows if not self._is_too_old(row)], page.end, known)
@@ -366,67 +462,53 @@ class _Writer:
 
     def _store_rows(self, rows: Sequence[Message | Unreadable], end: Place, known: Known) -> None:
         """Decide about these rows and store them with the new place; show what came of it."""
-        written = self._store.write(self._place, [self._decide(row, known) for row in rows], end, known)
+        began_seconds = time.monotonic()
+        decided = [self._decider.decide(row, known) for row in rows]
+        written = self._store.write(self._place, decided, end, known)
         self._place = end
         self._renewal.done()
         self._metrics.update(totals=written.totals)
+        self._metrics.count_batch(time.monotonic() - began_seconds)
         for drop in written.stored:
             self._log_drop(drop)
         for (chat_jid, key), reason in written.dead.items():
             self._metrics.count_error(StoreRefusedError.label)
             log.error("Dead letter: message %s in %s: %s", key, chat_jid, reason)
-        if written.stored:
-            self._count.next_seconds = min(self._count.next_seconds, time.monotonic())
 
     def _is_too_old(self, row: Message | Unreadable) -> bool:
         """Tell whether a message was sent before the time from which on messages are ours."""
         if self._since_rowid is not None and row.rowid > self._since_rowid:
             return False
-        return self._since is not None and isinstance(row, Message) and row.sent_at < self._since
-
-    def _decide(self, row: Message | Unreadable, known: Known) -> Decided:
-        """Say what is to become of a message: whose group it is in, which drops it names, and who sent it."""
-        project = self._projects.by_chat.get(row.chat_jid)
-        if project is None:
-            return Decided(row, "other_chat")
-        if not project.enabled:
-            return Decided(row, "disabled_project", project)
-        if isinstance(row, Unreadable):
-            return Decided(row, "dead_letter", project)
-        return self._decide_message(row, project, known)
-
-    def _decide_message(self, message: Message, project: Project, known: Known) -> Decided:
-        """Decide about a message in the group of an enabled project."""
-        own_are_stored = self._settings.store_own_messages
-        if message.is_from_me and not own_are_stored:
-            return Decided(message, "own_message", project)
-        found = find_drops(message.content, extra_separators=self._settings.extra_separators)
-        if found.look_alikes:
-            log.debug("Looks like a drop and is none: %d in %s", found.look_alikes, project.name)
-        if not found.numbers:
-            return Decided(message, "no_drop", project)
-        if own_are_stored:
-            known = replace(known, own=frozenset())
-        sender = identify(message.sender, message.chat_jid, known, self._rules)
-        if isinstance(sender, OwnMessage):
-            return Decided(message, "own_message", project)
-        return Decided(message, "drops", project, found.numbers, sender)
+        handled = self._handled.get(row.chat_jid)
+        since = self._since if handled is None else handled - OVERLAP
+        return since is not None and isinstance(row, Message) and row.sent_at < since
 
     def _log_drop(self, drop: StoredDrop) -> None:
         """Write the lines that operators look for."""
         log.info("Found drop: %s in %s", drop.number, drop.project.name)
+        if drop.kind == "known":
+            return
+        if drop.kind == "foreign":
+            log.error(
+                "Another writer put %s in %s into the table; it was left alone",
+                drop.number,
+                drop.project.name,
+            )
+            return
         if isinstance(drop.sender, Phone) and drop.sender.lid is not None:
             log.info("Resolved LID %s -> %s", drop.sender.lid, drop.sender.digits)
         if drop.kind == "new":
             log.info("Created QA review for %s", drop.number)
         else:
             log.info("Resubmission detected: %s", drop.number)
+            log.info("Logged resubmission for %s", drop.number)
         if drop.judgement == "lid":
             self._raise_alarm(drop.number, drop.project.name)
 
     def _raise_alarm(self, number: str, project: str) -> None:
         """Report a LID that stands where a phone belongs; the supervisor is asked once an episode."""
         log.error("LID stored as a sender: %s in %s", number, project)
+        self._count.next_seconds = min(self._count.next_seconds, time.monotonic())
         if not self._in_episode:
             self._in_episode = True
             self._notifier.suspect("lid-regression")
@@ -439,18 +521,43 @@ class _Writer:
             lag_seconds = time.time() - max(sent).timestamp()
             self._metrics.update(lag_seconds=max(0.0, lag_seconds), last_message_at=self._newest)
 
-    def _look_after(self, known: Known) -> None:
+    def _look_after(self) -> None:
         """Renew the lease and count the LIDs that stand in the table, each when it is due."""
         if self._renewal.now():
             self._store.renew()
             self._renewal.done()
         if self._count.now():
-            began_seconds = time.monotonic()
-            standing = census.lid_rows(self._database, known)
-            self._metrics.update(
-                lid_rows=standing,
-                pending=census.pending_drops(self._database, self._settings.source),
-                repaired=census.repaired_rows(self._database),
-            )
-            self._in_episode = self._in_episode and bool(standing)
-            self._count.done(time.monotonic() - began_seconds)
+            self.count()
+
+    def count(self) -> None:
+        """Count what stands in the table and what is to be read, and repair what has stood for long."""
+        began_seconds = time.monotonic()
+        known = self._bridge.known()
+        standing = census.lid_rows(self._database, known)
+        self._metrics.update(
+            lid_rows=standing,
+            foreign_rows=census.foreign_rows(self._database),
+            pending=census.pending_drops(self._database, self._settings.source),
+            repaired=census.repaired_rows(self._database),
+            backlog=max(0, self._bridge.end().rowid - self._place.rowid),
+        )
+        self._in_episode = self._in_episode and bool(standing)
+        self._repair_what_stands(known, standing=bool(standing))
+        self._count.done(time.monotonic() - began_seconds)
+
+    def _repair_what_stands(self, known: Known, *, standing: bool) -> None:
+        """Replace LIDs that have stood for a while: first they are seen, then they go."""
+        if not standing or not self._settings.auto_repair_seconds:
+            self._standing = False
+        elif not self._standing:
+            self._standing = True
+            self._repair.done()
+        elif self._repair.now():
+            report = repair_some(self._database, known)
+            self._repair.done()
+            if report.repaired:
+                log.warning("Repaired %d rows in run %s", report.repaired.total(), report.run_id)
+
+
+def _names(projects: Projects) -> tuple[str, ...]:
+    return tuple(project.name for project in projects.enabled)

@@ -6,6 +6,9 @@ the batch has locked (not even `updated_at`: nobody edited the review), and what
 under the run's id. One transaction for each batch: an interrupted run has repaired whole batches, and the
 next run does the rest.
 
+`undo` puts the old values of a run back, in one transaction, where its new values still stand. What somebody
+has changed since is his. What was put back stays so for the automatic repair; an operator's run repairs it.
+
 Nothing is guessed. What looks like a LID and is not in the map is listed, for a person.
 
 Rejected: repairing through the relay's own resolver. The value in question went through it once already.
@@ -13,17 +16,21 @@ Rejected: repairing through the relay's own resolver. The value in question went
 
 import secrets
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 from monitor.census import Doubtful, doubtful_rows, lids_of
 from monitor.database import Database
+from monitor.errors import ConfigError
 from monitor.identity import Known
 from monitor.judgement import user_part
 
-_BATCH_ROWS = 500
+_BATCH_ROWS = 5000
+
+Progress = Callable[[int, int], None]
+"""Told after each batch how many rows were done, and of how many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,45 +57,106 @@ class Report:
     unresolved: list[Doubtful] = field(default_factory=list)
 
 
-def repair(database: Database, known: Known, *, dry_run: bool) -> Report:
-    """Replace every LID that the map can resolve; with `dry_run` only say what would be replaced."""
+@dataclass(frozen=True)
+class Undone:
+    """What an undo did."""
+
+    restored: Counter[str]
+    """Rows by project."""
+    left: Sequence[tuple[str, str]]
+    """Drop and project of the rows that were changed since, or are gone."""
+
+
+def repair(
+    database: Database,
+    known: Known,
+    *,
+    dry_run: bool = False,
+    since: datetime | None = None,
+    progress: Progress = lambda _done, _total: None,
+) -> Report:
+    """Replace every LID that the map can resolve; with `dry_run` only say what would be replaced.
+
+    With `since` only in rows of messages that were sent from then on. Raises `StoreError`.
+    """
     report = Report(_new_run_id(), dry_run)
-    phones = {lid: phone for lid, phone in lids_of(database, known).items() if phone is not None}
-    for batch in _batches(database, phones, report):
+    phones = _phones(database, known)
+    found = _find(database, phones, since)
+    done = 0
+    for batch in [_repaired(found, phones)] if dry_run else _batches(database, found, phones, report.run_id):
         report.repaired.update(row.project for row in batch)
+        done += len(batch)
+        progress(done, len(found))
     report.unresolved = doubtful_rows(database, known)
     return report
 
 
-def _batches(database: Database, phones: Mapping[str, str], report: Report) -> Iterator[list[Repaired]]:
+def repair_some(database: Database, known: Known) -> Report:
+    """Do one batch, for a monitor that has other work; what an operator has put back is left."""
+    report = Report(_new_run_id(), dry_run=False)
+    phones = _phones(database, known)
+    with database.patient_transaction():
+        put_back = set(database.rows("rows_put_back"))
+        found = [row for row in _find(database, phones) if (row[0], row[3], row[4]) not in put_back]
+    for batch in _batches(database, found[:_BATCH_ROWS], phones, report.run_id):
+        report.repaired.update(row.project for row in batch)
+    return report
+
+
+def undo(database: Database, run_id: str) -> Undone:
+    """Put back what a run has replaced; raises `ConfigError` for a run that is not known."""
+    run = {"run_id": run_id}
+    if not database.rows("repairs_of_run", run)[0][0]:
+        latest = ", ".join(found for (found,) in database.rows("repair_runs")) or "none"
+        raise ConfigError(f"no repair run {run_id!r} in {database.place}; the latest are: {latest}")
+    with database.transaction():
+        restored = Counter(project for (project,) in database.rows("undo_repairs", run))
+        left = [(number, project) for number, project in database.rows("repairs_not_undone", run)]
+    return Undone(restored, left)
+
+
+def _phones(database: Database, known: Known) -> dict[str, str]:
+    return {lid: phone for lid, phone in lids_of(database, known).items() if phone is not None}
+
+
+def _find(
+    database: Database, phones: Mapping[str, str], since: datetime | None = None
+) -> list[tuple[Any, ...]]:
+    return database.rows("lid_rows", {"lids": list(phones), "since": since})
+
+
+def _batches(
+    database: Database, found: Sequence[Sequence[Any]], phones: Mapping[str, str], run_id: str
+) -> Iterator[list[Repaired]]:
     """Yield the rows of each batch once they are repaired and committed."""
-    after = ""
-    statement = "lid_rows_to_show" if report.dry_run else "lid_rows_to_repair"
-    while True:
+    for first in range(0, len(found), _BATCH_ROWS):
+        part = found[first : first + _BATCH_ROWS]
         with database.transaction():
-            rows = database.rows(statement, {"lids": list(phones), "after": after, "limit": _BATCH_ROWS})
-            if not rows:
-                return
-            found = [_repaired(row, phones) for row in rows]
-            if not report.dry_run:
-                for row in found:
-                    _apply(database, row, report.run_id)
-        yield found
-        after = rows[-1][0]
+            asked = {"review_ids": [row[0] for row in part], "numbers": [row[1] for row in part]}
+            batch = _repaired(database.rows("lock_rows", asked), phones)
+            _apply(database, batch, run_id)
+        yield batch
 
 
-def _repaired(row: Sequence[Any], phones: Mapping[str, str]) -> Repaired:
-    """Say what is to become of a row as the statements return it."""
-    review_id, drop_number, project, submitted_by, user_name = row
-    return Repaired(
-        review_id=review_id,
-        drop_number=drop_number,
-        project=project,
-        old_submitted_by=submitted_by,
-        new_submitted_by=_resolved(submitted_by, phones),
-        old_user_name=user_name,
-        new_user_name=_resolved(user_name, phones),
-    )
+def _repaired(rows: Sequence[Sequence[Any]], phones: Mapping[str, str]) -> list[Repaired]:
+    """Say what is to become of rows as the statements return them; those that hold no LID stay."""
+    all_rows = [
+        Repaired(
+            review_id,
+            number,
+            project,
+            submitted_by,
+            _resolved(submitted_by, phones),
+            user_name,
+            _resolved(user_name, phones),
+        )
+        for review_id, number, project, submitted_by, user_name in rows
+    ]
+    return [
+        row
+        for row in all_rows
+        if (row.old_submitted_by, row.old_user_name) != (row.new_submitted_by, row.new_user_name)
+    ]
 
 
 def _resolved(value: str | None, phones: Mapping[str, str]) -> str | None:
@@ -96,11 +164,20 @@ def _resolved(value: str | None, phones: Mapping[str, str]) -> str | None:
     return None if value is None else phones.get(user_part(value), value)
 
 
-def _apply(database: Database, row: Repaired, run_id: str) -> None:
-    """Change one row, which the batch has locked, and keep its old values."""
-    parameters = {"run_id": run_id, **asdict(row)}
-    database.run("repair_review", parameters)
-    database.run("record_repair", parameters)
+def _apply(database: Database, batch: Sequence[Repaired], run_id: str) -> None:
+    """Change rows which the batch has locked, and keep their old values."""
+    parameters = {
+        "run_id": run_id,
+        "review_ids": [row.review_id for row in batch],
+        "numbers": [row.drop_number for row in batch],
+        "projects": [row.project for row in batch],
+        "old_submitted_bys": [row.old_submitted_by for row in batch],
+        "new_submitted_bys": [row.new_submitted_by for row in batch],
+        "old_user_names": [row.old_user_name for row in batch],
+        "new_user_names": [row.new_user_name for row in batch],
+    }
+    database.run("repair_reviews", parameters)
+    database.run("record_repairs", parameters)
 
 
 def _new_run_id() -> str:

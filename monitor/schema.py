@@ -64,11 +64,25 @@ def prepare(database: Database) -> None:
 
 
 def require(database: Database) -> None:
-    """Check, changing nothing, that a monitor has run on this database."""
-    if not _exists(database, *_OURS):
+    """Check, changing nothing, that a monitor of this version has run on this database."""
+    if not _exists(database, *_OURS) or database.rows("migrated_version")[0][0] < max(_numbered()):
         raise StoreSchemaError(
-            f"database {database.place} has no tables of the monitor;"
+            f"database {database.place} has no tables of the monitor, or those of an older version;"
             " check that DATABASE_URL names the right one, or start the monitor on it first"
+        )
+
+
+def check_identity(database: Database, wanted: str) -> None:
+    """Check that the database calls itself `wanted`; one without a name gets it.
+
+    Raises `StoreSchemaError` for another name: a copy, or production where tests were meant.
+    """
+    database.run("name_installation", {"identity": wanted})
+    ((found,),) = database.rows("installation")
+    if found != wanted:
+        raise StoreSchemaError(
+            f"database {database.place} calls itself {found!r} and the settings want {wanted!r};"
+            " correct DATABASE_URL or WA_DATABASE_IDENTITY"
         )
 
 

@@ -14,15 +14,19 @@ import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import datetime, timedelta, timezone, tzinfo
 from pathlib import Path
 from typing import Annotated, Literal
+from zoneinfo import ZoneInfo
 
 import msgspec
 
 from monitor.errors import ConfigError
 
 MESSAGES_DB = "messages.db"
+BUSINESS_ZONE: tzinfo = timezone(timedelta(hours=2), "SAST")
+"""Johannesburg, which has no daylight saving: it needs no time zone database on the host."""
+_BUSINESS_ZONE_NAME = "Africa/Johannesburg"
 DEFAULT_SOURCE = "bridge"
 _MAX_PORT = 65535
 
@@ -48,6 +52,11 @@ class Values(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     own_messages: Literal["skip", "store"] | None = None
     log_level: LogLevel | None = None
     log_numbers: Literal["masked", "full"] | None = None
+    log_file: _Text | None = None
+    adopt: _Text | None = None
+    auto_repair: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    business_zone: _Text | None = None
+    database_identity: _Text | None = None
 
 
 # The names that the existing deployment uses stand beside ours; the first one that is set counts.
@@ -62,6 +71,10 @@ _ENVIRONMENT: Mapping[str, tuple[str, ...]] = {
     "lease": ("WA_LEASE",),
     "log_level": ("LOG_LEVEL",),
     "log_numbers": ("LOG_NUMBERS",),
+    "log_file": ("LOG_FILE",),
+    "auto_repair": ("WA_AUTO_REPAIR",),
+    "business_zone": ("WA_BUSINESS_ZONE",),
+    "database_identity": ("WA_DATABASE_IDENTITY",),
 }
 
 
@@ -120,6 +133,16 @@ class Settings:
     """Whether posts from the bridge's own phone submit drops; off, because its echo looks the same."""
     log_level: LogLevel = "INFO"
     log_full_numbers: bool = False
+    log_file: Path | None = None
+    """Where the log is written besides stdout."""
+    adopt: Path | None = None
+    """The old monitor's `state.json`, for a first start."""
+    auto_repair_seconds: float = 60.0
+    """How long a LID that the map can resolve may stand before it is replaced; 0: until somebody does."""
+    business_zone: tzinfo = BUSINESS_ZONE
+    """Where the day begins for which a drop counts."""
+    database_identity: str | None = None
+    """What the database must call itself; it is given that name if it has none."""
 
 
 def load(
@@ -148,6 +171,8 @@ def resolve(values: Values) -> Settings:
         "lease_seconds": values.lease,
         "extra_separators": values.extra_separators,
         "log_level": values.log_level,
+        "auto_repair_seconds": values.auto_repair,
+        "database_identity": values.database_identity,
     }
     settings = Settings(
         bridge=_bridge_file(Path(values.bridge)),
@@ -158,6 +183,9 @@ def resolve(values: Values) -> Settings:
         calling_codes=frozenset(values.calling_codes or {27}),
         store_own_messages=values.own_messages == "store",
         log_full_numbers=values.log_numbers == "full",
+        log_file=None if values.log_file is None else Path(values.log_file),
+        adopt=None if values.adopt is None else Path(values.adopt),
+        business_zone=_zone(values.business_zone or _BUSINESS_ZONE_NAME),
     )
     return replace(settings, **{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
 
@@ -177,6 +205,23 @@ def parse_since(value: str) -> Since:
     if instant.tzinfo is None:
         raise ConfigError(f"--since {value} has no offset; write {instant.isoformat()}+02:00, or Z for UTC")
     return Since(instant)
+
+
+def _zone(name: str) -> tzinfo:
+    """Find a time zone; the default one is known without the host's help."""
+    if name == _BUSINESS_ZONE_NAME:
+        return BUSINESS_ZONE
+    try:
+        return ZoneInfo(name)
+    except (OSError, ValueError) as error:  # ZoneInfoNotFoundError is a KeyError
+        raise ConfigError(
+            f"business_zone {name!r} is no time zone; write one like {_BUSINESS_ZONE_NAME}"
+        ) from error
+    except KeyError:
+        raise ConfigError(
+            f"business_zone {name!r} is not known here; write one like {_BUSINESS_ZONE_NAME},"
+            " or install the time zone database (tzdata)"
+        ) from None
 
 
 def parse_listen(value: str) -> Listen:

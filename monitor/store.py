@@ -20,6 +20,12 @@ from rows typed in by hand, `user_name` (NOT NULL) gets a placeholder, and the r
 learns the sender. A resubmission does not move `whatsapp_message_date` or `review_date`: the drop would
 count for another day.
 
+A row that was there before the monitor is taken as the drop's row: a message that has its drop and its time
+already is entered and changes nothing (`known`), and so is every message that the old monitor had dealt with,
+whose drop has a row. A row that neither we nor the past explain was put there by another writer. It is left
+alone, and the message is entered as `foreign`: one table, one writer, and who breaks that is to be found, not
+painted over.
+
 Rejected: `ON CONFLICT` on the dashboard's unique key, which changed three times and does not say what a
 resubmission is.
 """
@@ -27,47 +33,28 @@ resubmission is.
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta, timezone
-from typing import Literal
+from datetime import datetime, tzinfo
+from typing import Literal, NamedTuple
 
 from psycopg.types.json import Jsonb
 
 from monitor import cursor
 from monitor.cursor import Claim
 from monitor.database import Database
+from monitor.decision import Decided, MessageId
 from monitor.errors import StoreRefusedError, StoreUnavailableError
-from monitor.identity import Known, Lid, Phone, Sender, parse_jid
+from monitor.identity import Known, Lid, Phone, Sender, Unknown, parse_jid
 from monitor.judgement import PENDING_NAME, UNKNOWN_NAME, Judgement, judge
 from monitor.messages import Message, Place, Unreadable
 from monitor.projects import Project, Projects
-from monitor.totals import Kind, Totals
-
-# The day a drop counts for begins at midnight in South Africa, which has no daylight saving; a fixed offset
-# needs no time zone database on the host.
-BUSINESS_ZONE = timezone(timedelta(hours=2), "SAST")
+from monitor.settings import BUSINESS_ZONE
+from monitor.totals import KINDS, DropSeries, Kind, Totals
 
 _NOT_FOR_EVER = frozenset({"dead_letter", "other_chat", "disabled_project"})
 """Outcomes that another projects file, table or version of the code may change."""
 
-Outcome = Literal["drops", "no_drop", "own_message", "other_chat", "disabled_project", "dead_letter"]
-_MessageId = tuple[str, str]
-
-
-@dataclass(frozen=True, slots=True)
-class Decided:
-    """A message and what is to become of it."""
-
-    message: Message | Unreadable
-    outcome: Outcome
-    project: Project | None = None
-    drops: tuple[str, ...] = ()
-    sender: Sender | None = None
-    """Set when there are drops."""
-
-    @property
-    def id(self) -> _MessageId:
-        """What the ledger knows the message by."""
-        return (self.message.chat_jid, self.message.key)
+EventKind = Literal["new", "resubmission", "known", "foreign"]
+"""The first two write a row; `known` finds the drop's own row, `foreign` another writer's, and leave it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +65,15 @@ class StoredDrop:
     number: str
     project: Project
     sender: Sender
-    kind: Kind
+    kind: EventKind
     review_id: str
     submitted_by: str | None
     judgement: Judgement
+
+    @property
+    def wrote(self) -> Kind | None:
+        """How its row was written; None if it was left alone."""
+        return next((kind for kind in KINDS if kind == self.kind), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +81,7 @@ class Written:
     """What one batch did."""
 
     stored: Sequence[StoredDrop] = ()
-    dead: Mapping[_MessageId, str] = field(default_factory=dict)
+    dead: Mapping[MessageId, str] = field(default_factory=dict)
     """Dead letters of the batch and their reasons."""
     totals: Totals = field(default_factory=Totals)
     """The totals after the batch, as the cursor row holds them."""
@@ -128,11 +120,26 @@ class _Drop:
     sender: Sender
 
 
+class _Row(NamedTuple):
+    """A row of the dashboard's table, as the statement `standing_drops` returns it."""
+
+    number: str
+    project: str | None
+    review_id: str
+    sent_at: datetime | None
+    submitted_by: str | None
+    user_name: str | None
+    explained: bool
+    adopted: bool
+
+
 class Store:
     """Writer for one source under one claim.
 
     Every method that writes raises `CursorLostError`, having written nothing, when another process has taken
     over. `check_table` raises `StoreSchemaError` when the dashboard's table does not fit (any more).
+    `handled_until` says per chat until when the old monitor had dealt with it ("" stands for all other
+    chats).
     """
 
     def __init__(
@@ -142,11 +149,15 @@ class Store:
         projects: Projects,
         *,
         check_table: Callable[[Database], None],
+        handled_until: Mapping[str, datetime] | None = None,
+        business_zone: tzinfo = BUSINESS_ZONE,
     ) -> None:
         self._database = database
         self._held = held
-        self._projects = projects
         self._check_table = check_table
+        self._handled_until = handled_until or {}
+        self._zone = business_zone
+        self.projects = projects
 
     def write(self, start: Place, decided: Sequence[Decided], end: Place, known: Known) -> Written:
         """Store a batch that was read after `start` and move the cursor to `end`.
@@ -155,15 +166,16 @@ class Store:
         """
         with self._database.patient_transaction():
             totals = self._lock(start)
-            fresh, counted_before = self._not_in_ledger(decided)
+            fresh, before = self._not_in_ledger(decided)
             stored, dead = self._store_drops([one for one in fresh if one.drops], known)
             dead |= {
                 one.id: one.message.reason
                 for one in fresh
                 if isinstance(one.message, Unreadable) and one.outcome == "dead_letter"
             }
-            self._record(fresh, dead)
-            totals += _count([one for one in fresh if one.id not in counted_before], stored)
+            self._record(fresh, dead, before)
+            counted = {id_ for id_, outcome in before.items() if outcome == "dead_letter"}
+            totals += _count([one for one in fresh if one.id not in counted], stored)
             self._move(end, totals)
         return Written(stored, dead, totals)
 
@@ -180,7 +192,7 @@ class Store:
         """Return the drops that wait for their sender, oldest first."""
         return [PendingDrop(*row) for row in self._database.rows("pending", {"source": self._held.source})]
 
-    def dead_letters(self) -> list[_MessageId]:
+    def dead_letters(self) -> list[MessageId]:
         """Return chat and key of the messages that were refused, oldest first."""
         return [(chat, key) for chat, key in self._database.rows("dead_letters", self._ids([]))]
 
@@ -235,25 +247,23 @@ class Store:
             "move", {**self._held.key, **cursor.place_parameters(place), "totals": Jsonb(totals.to_json())}
         )
 
-    def _not_in_ledger(self, decided: Sequence[Decided]) -> tuple[list[Decided], set[_MessageId]]:
+    def _not_in_ledger(self, decided: Sequence[Decided]) -> tuple[list[Decided], dict[MessageId, str]]:
         """Leave out what was dealt with before; of an edited message only its new drops remain.
 
-        Dead letters, and messages of groups that were not ours then, are not dealt with. Returned second are
-        the dead letters among them, which the totals have counted already.
+        Dead letters, and messages of groups that were not ours then, are not dealt with. Returned second is
+        what the ledger says of those messages that it knows; dead letters among them are counted already.
         """
         asked = {one.id: one for one in decided}
-        known = {
-            (chat, key): (content_hash, outcome)
-            for chat, key, content_hash, outcome in self._database.rows("known_messages", self._ids(asked))
-        }
-        settled = {one: found[0] for one, found in known.items() if found[1] not in _NOT_FOR_EVER}
-        dead = {one for one, found in known.items() if found[1] == "dead_letter"}
-        fresh = [one for one in asked.values() if settled.get(one.id) != one.message.content_hash]
-        return self._without_stored_drops(fresh, [one.id for one in fresh if one.id in known]), dead
+        before: dict[MessageId, str] = {}
+        settled: dict[MessageId, str] = {}
+        for chat, key, content_hash, outcome in self._database.rows("known_messages", self._ids(asked)):
+            before[chat, key] = outcome
+            if outcome not in _NOT_FOR_EVER:
+                settled[chat, key] = content_hash
+        fresh = [one for id_, one in asked.items() if settled.get(id_) != one.message.content_hash]
+        return self._without_stored_drops(fresh, [one.id for one in fresh if one.id in before]), before
 
-    def _without_stored_drops(
-        self, fresh: Sequence[Decided], edited: Collection[_MessageId]
-    ) -> list[Decided]:
+    def _without_stored_drops(self, fresh: Sequence[Decided], edited: Collection[MessageId]) -> list[Decided]:
         """Leave out the drops that are stored already of messages that the ledger knows."""
         if not edited:
             return list(fresh)
@@ -268,7 +278,7 @@ class Store:
 
     def _store_drops(
         self, decided: Sequence[Decided], known: Known
-    ) -> tuple[list[StoredDrop], dict[_MessageId, str]]:
+    ) -> tuple[list[StoredDrop], dict[MessageId, str]]:
         """Store the drops of all messages, or of each by itself if one of them is refused."""
         try:
             with self._database.transaction():
@@ -278,7 +288,7 @@ class Store:
             if len(decided) == 1:
                 return [], {decided[0].id: str(error)}
         stored: list[StoredDrop] = []
-        dead: dict[_MessageId, str] = {}
+        dead: dict[MessageId, str] = {}
         for one in decided:
             stored_of_one, dead_of_one = self._store_drops([one], known)
             stored += stored_of_one
@@ -290,23 +300,64 @@ class Store:
         drops = list(_drops(decided))
         if not drops:
             return []
-        new, again = self._split(drops)
-        stored = [*self._insert(new, known), *self._resubmit(again, known)]
+        new, again, left = self._split(drops)
+        stored = [
+            *self._insert(new, known),
+            *self._resubmit(again, known),
+            *(
+                _judged(drop, kind, (row.review_id, row.submitted_by, row.user_name), known)
+                for drop, kind, row in left
+            ),
+        ]
         self._record_events(stored)
-        self._record_pending(stored)
+        self._record_pending([one for one in stored if one.wrote])
         return stored
 
-    def _split(self, drops: Sequence[_Drop]) -> tuple[list[_Drop], list[_Drop]]:
-        """Tell new drops from resubmissions: in its space a drop is new once, batch included."""
-        rows = self._database.rows("standing_drops", {"numbers": [drop.number for drop in drops]})
-        standing = {(self._projects.space_of.get(project), number) for number, project in rows}
+    def _split(
+        self, drops: Sequence[_Drop]
+    ) -> tuple[list[_Drop], list[_Drop], list[tuple[_Drop, EventKind, _Row]]]:
+        """Tell new drops from resubmissions and from those whose row is to be left as it is.
+
+        In its space a drop is new once, batch included.
+        """
+        standing: dict[tuple[str | None, str], list[_Row]] = {}
+        for values in self._database.rows(
+            "standing_drops", {"numbers": list({drop.number for drop in drops})}
+        ):
+            row = _Row(*values)
+            space = None if row.project is None else self.projects.space_of.get(row.project)
+            standing.setdefault((space, row.number), []).append(row)
         new: list[_Drop] = []
         again: list[_Drop] = []
+        left: list[tuple[_Drop, EventKind, _Row]] = []
+        begun: set[tuple[str, str]] = set()
         for drop in drops:
             key = (drop.project.drop_space, drop.number)
-            (again if key in standing else new).append(drop)
-            standing.add(key)
-        return new, again
+            rows = standing.get(key, [])
+            found = self._row_to_leave(drop, rows)
+            if found is not None:
+                left.append((drop, *found))
+            elif rows or key in begun:
+                again.append(drop)
+            else:
+                new.append(drop)
+                begun.add(key)
+        return new, again, left
+
+    def _row_to_leave(self, drop: _Drop, rows: Sequence[_Row]) -> tuple[EventKind, _Row] | None:
+        """Return the row that this drop must not change, and why it is there; None if it may change one."""
+        if not rows:
+            return None
+        chat = drop.message.chat_jid
+        handled = self._handled_until.get(chat, self._handled_until.get(""))
+        own = [row for row in rows if row.sent_at == drop.message.sent_at and not row.explained]
+        if own:
+            return ("known" if own[0].adopted else "foreign"), own[0]
+        if handled is not None and drop.message.sent_at <= handled:
+            return "known", rows[0]
+        if not (rows[0].explained or rows[0].adopted):
+            return "foreign", rows[0]
+        return None
 
     def _insert(self, drops: Sequence[_Drop], known: Known) -> list[StoredDrop]:
         if not drops:
@@ -318,8 +369,8 @@ class Store:
             "submitted_bys": [submitted_by for submitted_by, _ in columns],
             "projects": [drop.project.name for drop in drops],
             "sent_ats": [drop.message.sent_at for drop in drops],
-            "days": [drop.message.sent_at.astimezone(BUSINESS_ZONE).date() for drop in drops],
-            "comments": [f"Posted on WhatsApp {_local(drop.message.sent_at)}" for drop in drops],
+            "days": [drop.message.sent_at.astimezone(self._zone).date() for drop in drops],
+            "comments": [f"Posted on WhatsApp {self._local(drop.message.sent_at)}" for drop in drops],
         }
         rows = {row[:2]: row[2:] for row in self._database.rows("insert_reviews", parameters)}
         return [_judged(drop, "new", rows[drop.number, drop.project.name], known) for drop in drops]
@@ -339,10 +390,10 @@ class Store:
         submitted_by, user_name = _sender_columns(drop.sender)
         return {
             "number": drop.number,
-            "projects": self._projects.names_in(drop.project.drop_space),
+            "projects": self.projects.names_in(drop.project.drop_space),
             "submitted_by": submitted_by,
             "user_name": user_name,
-            "note": f"Resubmitted on WhatsApp {_local(drop.message.sent_at)}",
+            "note": f"Resubmitted on WhatsApp {self._local(drop.message.sent_at)}",
         }
 
     def _record_events(self, stored: Sequence[StoredDrop]) -> None:
@@ -357,6 +408,9 @@ class Store:
                 "phones": [one.sender.digits if isinstance(one.sender, Phone) else None for one in stored],
                 "reasons": [one.sender.reason for one in stored],
                 "sent_ats": [one.message.sent_at for one in stored],
+                "confidences": [
+                    None if isinstance(one.sender, Unknown) else one.sender.confidence for one in stored
+                ],
             },
         )
 
@@ -371,24 +425,19 @@ class Store:
         if waiting:
             self._database.run("insert_pending", {**self._code(), **_event_ids(waiting)})
 
-    def _record(self, fresh: Sequence[Decided], dead: Mapping[_MessageId, str]) -> None:
+    def _record(
+        self, fresh: Sequence[Decided], dead: Mapping[MessageId, str], before: Mapping[MessageId, str]
+    ) -> None:
         """Enter messages into the ledger, and those that could not be stored into the dead letters."""
-        if fresh:
-            alive = [one.id for one in fresh if one.outcome != "dead_letter" and one.id not in dead]
+        self._enter("insert_messages", [one for one in fresh if one.id not in before], dead)
+        self._enter("record_messages", [one for one in fresh if one.id in before], dead)
+        alive = [
+            one.id
+            for one in fresh
+            if one.outcome != "dead_letter" and one.id not in dead and before.get(one.id) == "dead_letter"
+        ]
+        if alive:
             self._database.run("forget_dead_letters", self._ids(alive))
-            self._database.run(
-                "record_messages",
-                {
-                    **self._code(),
-                    **self._ids([one.id for one in fresh]),
-                    "hashes": [one.message.content_hash for one in fresh],
-                    "outcomes": ["dead_letter" if one.id in dead else one.outcome for one in fresh],
-                    "projects": [_name(one.project) for one in fresh],
-                    "sent_ats": [
-                        one.message.sent_at if isinstance(one.message, Message) else None for one in fresh
-                    ],
-                },
-            )
         if dead:
             projects = {one.id: _name(one.project) for one in fresh}
             self._database.run(
@@ -398,6 +447,22 @@ class Store:
                     **self._ids(dead),
                     "projects": [projects[key] for key in dead],
                     "reasons": list(dead.values()),
+                },
+            )
+
+    def _enter(self, statement: str, messages: Sequence[Decided], dead: Mapping[MessageId, str]) -> None:
+        if messages:
+            self._database.run(
+                statement,
+                {
+                    **self._code(),
+                    **self._ids([one.id for one in messages]),
+                    "hashes": [one.message.content_hash for one in messages],
+                    "outcomes": ["dead_letter" if one.id in dead else one.outcome for one in messages],
+                    "projects": [_name(one.project) for one in messages],
+                    "sent_ats": [
+                        one.message.sent_at if isinstance(one.message, Message) else None for one in messages
+                    ],
                 },
             )
 
@@ -437,7 +502,10 @@ class Store:
     def _judge(row: Sequence[str | None], known: Known) -> Judgement:
         return judge(*row, lids=known.phone_of, phones=known.lid_of)
 
-    def _ids(self, ids: Collection[_MessageId]) -> dict[str, object]:
+    def _local(self, instant: datetime) -> str:
+        return f"{instant.astimezone(self._zone):%Y-%m-%d %H:%M %Z}"
+
+    def _ids(self, ids: Collection[MessageId]) -> dict[str, object]:
         return {
             "source": self._held.source,
             "chat_jids": [chat for chat, _ in ids],
@@ -465,7 +533,9 @@ def _drops(decided: Iterable[Decided]) -> Iterator[_Drop]:
                 yield _Drop(one.message, number, one.project, one.sender)
 
 
-def _judged(drop: _Drop, kind: Kind, row: Sequence[str], known: Known) -> StoredDrop:
+def _judged(
+    drop: _Drop, kind: EventKind, row: tuple[str, str | None, str | None], known: Known
+) -> StoredDrop:
     """Judge a row by what it holds after the write: its id and its two sender columns."""
     review_id, submitted_by, user_name = row
     judgement = judge(submitted_by, user_name, lids=known.phone_of, phones=known.lid_of)
@@ -489,17 +559,22 @@ def _event_ids(stored: Sequence[StoredDrop]) -> dict[str, object]:
 
 def _count(fresh: Iterable[Decided], stored: Iterable[StoredDrop]) -> Totals:
     """Count a batch: messages of enabled projects, and drops by what their rows hold."""
-    return Totals(
-        drops=Counter((one.project.name, one.judgement, one.kind) for one in stored),
-        messages=Counter(
-            one.project.name for one in fresh if one.project is not None and one.project.enabled
-        ),
-    )
+    messages: Counter[str] = Counter()
+    look_alikes: Counter[str] = Counter()
+    textless: Counter[str] = Counter()
+    for one in fresh:
+        if one.project is not None and one.project.enabled:
+            messages[one.project.name] += 1
+            if one.look_alikes:
+                look_alikes[one.project.name] += one.look_alikes
+            if isinstance(one.message, Message) and not one.message.content:
+                textless[one.project.name] += 1
+    drops: Counter[DropSeries] = Counter()
+    for drop in stored:
+        if drop.wrote is not None:
+            drops[drop.project.name, drop.judgement, drop.wrote] += 1
+    return Totals(drops=drops, messages=messages, look_alikes=look_alikes, textless=textless)
 
 
 def _name(project: Project | None) -> str | None:
     return None if project is None else project.name
-
-
-def _local(instant: datetime) -> str:
-    return f"{instant.astimezone(BUSINESS_ZONE):%Y-%m-%d %H:%M %Z}"

@@ -25,17 +25,29 @@ class Totals:
     """By project; messages of other chats are not counted."""
     resolved: int = 0
     """Senders that were pending and got their phone from the map."""
+    look_alikes: Counter[str] = field(default_factory=Counter)
+    """By project: what looks like a drop and is none."""
+    textless: Counter[str] = field(default_factory=Counter)
+    """By project: messages without a text, most often photos; the bridge does not keep captions."""
 
     def __add__(self, other: "Totals") -> "Totals":
         """Return the totals after another batch."""
         return Totals(
-            self.drops + other.drops, self.messages + other.messages, self.resolved + other.resolved
+            self.drops + other.drops,
+            self.messages + other.messages,
+            self.resolved + other.resolved,
+            self.look_alikes + other.look_alikes,
+            self.textless + other.textless,
         )
 
     def __sub__(self, earlier: "Totals") -> "Totals":
         """Return what was added since `earlier`."""
         return Totals(
-            self.drops - earlier.drops, self.messages - earlier.messages, self.resolved - earlier.resolved
+            self.drops - earlier.drops,
+            self.messages - earlier.messages,
+            self.resolved - earlier.resolved,
+            self.look_alikes - earlier.look_alikes,
+            self.textless - earlier.textless,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -44,6 +56,8 @@ class Totals:
             "drops": [[*series, count] for series, count in sorted(self.drops.items())],
             "messages": dict(sorted(self.messages.items())),
             "resolved": self.resolved,
+            "look_alikes": dict(sorted(self.look_alikes.items())),
+            "textless": dict(sorted(self.textless.items())),
         }
 
     @classmethod
@@ -55,4 +69,6 @@ class Totals:
             ),
             Counter(document.get("messages", {})),
             document.get("resolved", 0),
+            Counter(document.get("look_alikes", {})),
+            Counter(document.get("textless", {})),
         )

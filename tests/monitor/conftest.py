@@ -17,14 +17,16 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 import pytest
 
+import monitor
 from monitor.metrics import MonitorMetrics
 from monitor.notify import Notifier
-from monitor.projects import load_projects
+from monitor.projects import ProjectsFile
 from monitor.relay import Relay, Stop
 from monitor.settings import Settings, Values, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from datetime import datetime
 
     from monitor.demo.bridge import SyntheticBridge
 
@@ -55,7 +57,7 @@ def relay_once(settings: Settings) -> Callable[..., MonitorMetrics]:
         metrics = MonitorMetrics()
         with closing(Stop()) as stop, closing(Notifier()) as notifier:
             Relay(
-                changed, load_projects(changed.projects), notifier=notifier, metrics=metrics, stop=stop
+                changed, ProjectsFile(changed.projects), notifier=notifier, metrics=metrics, stop=stop
             ).run()
         return metrics
 
@@ -72,6 +74,23 @@ def rows(database_url: str) -> Callable[..., list[tuple[Any, ...]]]:
             return result.fetchall() if result.description else []
 
     return query
+
+
+@pytest.fixture
+def table(rows: Callable[..., list[tuple[Any, ...]]]) -> Callable[..., None]:
+    """Make the dashboard's table as an old system has filled it; each row is drop, project, time, sender."""
+
+    def fill(*lines: tuple[str, str, datetime, str | None]) -> None:
+        rows((Path(monitor.__file__).parent / "migrations" / "qa_photo_reviews.sql").read_text("utf-8"))
+        for number, project, sent_at, sender in lines:
+            rows(
+                "INSERT INTO qa_photo_reviews (drop_number, project, whatsapp_message_date, review_date,"
+                " submitted_by, user_name, incomplete, feedback_sent)"
+                " VALUES (%s, %s, %s, %s, %s, %s, true, now())",
+                *(number, project, sent_at, sent_at.date(), sender, sender or "typed by hand"),
+            )
+
+    return fill
 
 
 class MonitorProcess:

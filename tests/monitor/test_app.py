@@ -76,6 +76,38 @@ def test_log_has_the_lines_operators_look_for_and_no_readable_number(
     assert LID not in output
 
 
+def test_log_file_survives_rotation_and_a_disk_that_takes_nothing(
+    bridge: SyntheticBridge, start_monitor: Any, eventually: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "log"
+    folder.mkdir()
+    file = folder / "monitor.log"
+    monitor = start_monitor(LOG_FILE=str(file))
+    monitor.await_message("writing")
+
+    def logged(number: int, where: Path) -> None:
+        bridge.post(chat_jid=NORTHFIELD, sender=PHONE, content=f"DR{number}")
+        eventually(lambda: where.exists() and f"Found drop: DR{number}" in where.read_text())
+
+    logged(1000001, file)
+    file.rename(folder / "monitor.log.1")
+    logged(1000002, file)
+    folder.rename(tmp_path / "gone")  # nothing can be written there any more
+    bridge.post(chat_jid=NORTHFIELD, sender=PHONE, content="DR1000003")
+    folder.mkdir()
+    logged(1000004, file)
+    assert monitor.stop() == 0
+    output = monitor.output()
+    assert all(f"Found drop: DR100000{number}" in output for number in (1, 2, 3, 4))
+    assert "DR1000002" not in (tmp_path / "gone" / "monitor.log.1").read_text()
+
+
+def test_log_file_that_cannot_be_written_is_named_at_the_start(environment: dict[str, str]) -> None:
+    ended = _run({**environment, "LOG_FILE": "/nowhere/monitor.log"}, "--once")
+    assert ended.returncode == 2
+    assert re.fullmatch(r"wa-monitor: log file /nowhere/monitor.log: .*LOG_FILE.*\n", ended.stderr)
+
+
 def test_numbers_are_shown_in_full_when_asked_for(
     bridge: SyntheticBridge, environment: dict[str, str]
 ) -> None:

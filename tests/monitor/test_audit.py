@@ -43,7 +43,7 @@ def test_clean_table_passes(bridge: SyntheticBridge, relay_once: Any, database_u
     relay_once()
     findings = _audit(database_url)
     assert not findings.failed
-    assert findings == Findings([], [], [], [], [])
+    assert findings == Findings([], [], [], [], [], [], [])
 
 
 def test_standing_lid_is_shown_with_the_code_that_stored_it(
@@ -53,7 +53,7 @@ def test_standing_lid_is_shown_with_the_code_that_stored_it(
     _post(bridge, LID, "DR1000001")
     with monkeypatch.context() as faulty:
         faulty.setenv("WA_TREE", "bad0")
-        faulty.setattr("monitor.relay.identify", _everything_is_a_phone)
+        faulty.setattr("monitor.decision.identify", _everything_is_a_phone)
         relay_once()
     monkeypatch.setenv("WA_TREE", "900d")
     _post(bridge, LID, "DR1000002")
@@ -97,7 +97,6 @@ def test_digits_that_are_no_phone_and_not_in_the_map_are_doubtful(
     )
     findings = _audit(database_url)
     assert [(one.drop_number, one.value) for one in findings.doubtful] == [("DR1", "80000000000018")]
-    assert not findings.failed
 
 
 def test_findings_are_readable_by_programs(relay_once: Any, database_url: str, rows: Rows) -> None:

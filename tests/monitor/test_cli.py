@@ -121,7 +121,7 @@ def test_wrong_url_is_one_sentence_without_its_password(environment: dict[str, s
         assert "s3cret" not in ended.stdout + ended.stderr
 
 
-@pytest.mark.parametrize("command", ["run", "audit", "repair-lids", "demo"])
+@pytest.mark.parametrize("command", ["run", "audit", "repair-lids", "explain", "reconcile", "demo"])
 def test_every_command_explains_itself(command: str) -> None:
     ended = _run(dict(os.environ), command, "--help")
     assert ended.returncode == 0
@@ -157,7 +157,7 @@ def test_reference_names_every_flag_key_and_variable() -> None:
     section = reference.partition("## `wa-monitor`\n")[2]
     flags = {
         flag
-        for command in ("run", "audit", "repair-lids", "demo")
+        for command in ("run", "audit", "repair-lids", "explain", "reconcile", "demo")
         for flag in re.findall(r"--[a-z][a-z-]+", _run(dict(os.environ), command, "--help").stdout)
     } - {"--help"}
     names = {name for alternatives in _ENVIRONMENT.values() for name in alternatives}

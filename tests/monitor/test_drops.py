@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+import string
+import unicodedata
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from monitor.drops import find_drops
 
@@ -107,3 +114,54 @@ def test_what_looks_like_a_drop_and_is_none_is_counted(text: str, look_alikes: i
     found = find_drops(text)
     assert found.look_alikes == look_alikes
     assert "DR12345" not in found.numbers
+
+
+def test_project_decides_how_many_digits_a_drop_has() -> None:
+    assert find_drops("DR12345 DR123456789", min_digits=5, max_digits=9).numbers == ("DR12345", "DR123456789")
+    assert find_drops("DR123456", min_digits=7).numbers == ()
+
+
+def _plainly(text: str) -> list[str]:
+    """The specification, character by character, without a regular expression."""
+    text = "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf")
+    found = []
+    for start in range(len(text)):
+        before = text[start - 1 : start] if start else ""
+        if text[start : start + 2].upper() != "DR" or not text[start : start + 2].isascii():
+            continue
+        if before and before in ASCII_WORD:
+            continue
+        rest = text[start + 2 :]
+        blanks = len(rest) - len(rest.lstrip(" \t"))
+        digits = "".join(itertools.takewhile(lambda c: c in "0123456789", rest[blanks:]))
+        if blanks <= 2 and 6 <= len(digits) <= 8 and f"DR{digits}" not in found:
+            found.append(f"DR{digits}")
+    return found
+
+
+ASCII_WORD = string.ascii_letters + string.digits
+FULL_WIDTH = str.maketrans({c: chr(ord(c) + 0xFEE0) for c in "DR0123456789"})
+LETTERS = ["DR", "dr", "Dr", "DR".translate(FULL_WIDTH), "x", "X", "O", *map(chr, (0xDF, 0x17F, 0x131))]
+BLANKS = [" ", "  ", "\t", "\n", *map(chr, (0xA0, 0x200B, 0xAD))]
+DIGITS = [
+    "100001",
+    "1000001",
+    "10000001",
+    "12345",
+    "123456789",
+    "1000001".translate(FULL_WIDTH),
+    chr(0x661) * 6,
+]
+PIECES = st.sampled_from([*LETTERS, *BLANKS, *DIGITS, *"_*/:-."])
+
+
+@given(st.lists(PIECES, max_size=12).map("".join))
+def test_drops_are_those_of_the_plain_specification(text: str) -> None:
+    assert list(find_drops(text).numbers) == _plainly(text)
+
+
+@given(st.text())
+def test_any_text_gives_drops_in_canonical_spelling_only(text: str) -> None:
+    found = find_drops(text)
+    assert len(set(found.numbers)) == len(found.numbers)
+    assert all(re.fullmatch("DR[0-9]{6,8}", number) for number in found.numbers)

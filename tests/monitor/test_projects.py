@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from monitor.errors import ConfigError
-from monitor.projects import load_projects
+from monitor.projects import ProjectsFile, load_projects
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -81,6 +81,39 @@ def test_fault_is_one_sentence_with_file_and_place(tmp_path: Path, text: str, wo
     assert "\n" not in sentence
     for word in [str(path), *words]:
         assert word in sentence
+
+
+def test_fault_names_its_line(tmp_path: Path) -> None:
+    good = "projects:\n  - name: A\n    group_jid: 120363000000000001@g.us\n    enabled: true\n"
+    good += "    description: d\n"
+    for text, line in [
+        (good.replace("true", "maybe"), 4),
+        (good + good.partition("\n")[2].replace("name: A", "name: B"), 6),
+        (good.replace("description", "descriptoin"), 2),
+        (good + "    min_digits: 9\n", 2),
+    ]:
+        with pytest.raises(ConfigError, match=rf"projects\.yaml: line {line}: "):
+            load_projects(_write(tmp_path, text))
+
+
+def test_file_is_taken_again_when_its_bytes_change_and_refused_once(tmp_path: Path) -> None:
+    path = _write(tmp_path, ONE)
+    file = ProjectsFile(path)
+    before = file.projects
+    assert not file.has_changed()
+    _write(tmp_path, ONE + "\n# a remark\n")
+    assert not file.has_changed()
+    _write(tmp_path, "projects: 5")
+    with pytest.raises(ConfigError):
+        file.has_changed()
+    assert not file.has_changed()
+    assert file.projects == before
+    _write(tmp_path, ONE.replace("Northfield", "Southfield"))
+    assert file.has_changed()
+    assert [project.name for project in file.projects.all] == ["Southfield"]
+    path.unlink()
+    with pytest.raises(ConfigError, match="No such file"):
+        file.has_changed()
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:

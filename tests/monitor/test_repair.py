@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -10,8 +11,9 @@ import pytest
 from monitor.audit import audit
 from monitor.census import lid_rows
 from monitor.database import connect
+from monitor.errors import ConfigError
 from monitor.identity import Known
-from monitor.repair import repair
+from monitor.repair import repair, repair_some, undo
 from monitor.settings import DatabaseUrl
 
 if TYPE_CHECKING:
@@ -136,7 +138,7 @@ def test_lid_is_found_and_repaired_in_every_spelling(
     _run(database_url)
     assert rows(f"SELECT {column} FROM qa_photo_reviews") == [(PHONE,)]  # noqa: S608 -- our own names
     with closing(connect(DatabaseUrl(database_url))) as database:
-        assert not audit(database, KNOWN).failed
+        assert audit(database, KNOWN).standing == []
 
 
 def test_lid_that_the_map_has_forgotten_is_found_and_repaired_if_it_had_one_phone(
@@ -172,3 +174,57 @@ def test_more_rows_than_a_batch_are_all_repaired(relay_once: Any, database_url: 
     )
     assert dict(_run(database_url).repaired) == {"Northfield": 1201}
     assert rows("SELECT count(*) FROM qa_photo_reviews WHERE submitted_by = %s", PHONE) == [(1201,)]
+
+
+# undo
+
+
+@pytest.mark.usefixtures("table")
+def test_undo_restores_exactly_what_was_and_nothing_that_changed_since(database_url: str, rows: Rows) -> None:
+    everything = "SELECT drop_number, to_jsonb(r)::text FROM qa_photo_reviews r ORDER BY drop_number"
+    before: dict[str, str] = dict(rows(everything))
+    run = _run(database_url)
+    rows("UPDATE qa_photo_reviews SET submitted_by = '27821234567' WHERE drop_number = 'DR1000001'")
+    ((_, changed),) = rows(
+        "SELECT drop_number, to_jsonb(r)::text FROM qa_photo_reviews r WHERE drop_number = 'DR1000001'"
+    )
+    with closing(connect(DatabaseUrl(database_url))) as database:
+        undone = undo(database, run.run_id)
+        assert undone.restored.total() == run.repaired.total() - 1
+        assert undone.left == [("DR1000001", "Northfield")]
+        after: dict[str, str] = dict(rows(everything))
+        assert after == {**before, "DR1000001": changed}
+        assert undo(database, run.run_id).restored.total() == 0
+
+
+@pytest.mark.usefixtures("table")
+def test_what_an_operator_has_put_back_is_left_by_the_automatic_repair_and_not_by_his_own(
+    database_url: str, rows: Rows
+) -> None:
+    run = _run(database_url)
+    with closing(connect(DatabaseUrl(database_url))) as database:
+        undo(database, run.run_id)
+        assert repair_some(database, KNOWN).repaired.total() == 0
+        rows("INSERT INTO qa_photo_reviews (drop_number, user_name) VALUES ('DR2000001', %s)", LID)
+        assert repair_some(database, KNOWN).repaired.total() == 1
+        assert repair(database, KNOWN).repaired == run.repaired
+
+
+@pytest.mark.usefixtures("table")
+def test_unknown_run_is_refused_and_the_latest_are_named(database_url: str) -> None:
+    run = _run(database_url)
+    with (
+        closing(connect(DatabaseUrl(database_url))) as database,
+        pytest.raises(ConfigError, match=run.run_id),
+    ):
+        undo(database, "20200101T000000Z-000000")
+
+
+@pytest.mark.usefixtures("table")
+def test_rows_of_older_messages_are_left_when_since_is_given(database_url: str, rows: Rows) -> None:
+    rows("UPDATE qa_photo_reviews SET whatsapp_message_date = now() - interval '9 days'")
+    rows("UPDATE qa_photo_reviews SET whatsapp_message_date = now() WHERE drop_number = 'DR1000001'")
+    with closing(connect(DatabaseUrl(database_url))) as database:
+        done = repair(database, KNOWN, since=datetime.now(UTC) - timedelta(days=1))
+    assert done.repaired.total() == 1
+    assert rows("SELECT user_name FROM qa_photo_reviews WHERE drop_number = 'DR1000001'") == [(PHONE,)]

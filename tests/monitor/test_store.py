@@ -170,7 +170,7 @@ def test_two_first_starts_at_once_migrate_once(database_url: str, rows: Rows) ->
     for thread in threads:
         thread.join()
     assert failures == []
-    assert rows("SELECT version FROM wa_monitor.migration ORDER BY 1") == [(1,), (2,)]
+    assert rows("SELECT version FROM wa_monitor.migration ORDER BY 1") == [(1,), (2,), (3,)]
 
 
 # real processes
@@ -381,7 +381,7 @@ def test_fault_in_the_decision_is_seen_in_the_rows_and_asks_the_supervisor_once(
     _post(bridge, 1, LID)
     _post(bridge, 2, LID)
     _post(bridge, 3, PHONE)
-    monkeypatch.setattr("monitor.relay.identify", _everything_is_a_phone)
+    monkeypatch.setattr("monitor.decision.identify", _everything_is_a_phone)
     path = tmp_path_factory.mktemp("n") / "s"
     with closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as inbox:
         inbox.bind(str(path))
@@ -415,7 +415,7 @@ def test_fault_that_completes_a_waiting_row_with_a_lid_is_counted_and_healed_by_
     _post(bridge, 2, "3000000000011")  # never mapped: the fault fills it in as well
     relay_once()
     with monkeypatch.context() as faulty:
-        faulty.setattr("monitor.relay.identify", _everything_is_a_phone)
+        faulty.setattr("monitor.decision.identify", _everything_is_a_phone)
         bridge.map_lid(late, "258821234567")
         relay_once()
         bridge.map_lid("8000000000019", "27821234567")

@@ -1,0 +1,170 @@
+"""Explain and reconcile: one drop and all of them, by what bridge and database hold."""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from monitor.bridge import Bridge
+from monitor.database import connect
+from monitor.decision import Decider
+from monitor.demo.bridge import NORTHFIELD, OWN_JID, WESTMOOR, SyntheticBridge
+from monitor.explain import MEANINGS, Explanation, explain
+from monitor.projects import load_projects
+from monitor.reconcile import Comparison, reconcile
+from monitor.settings import Since
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from monitor.settings import Settings
+
+    Rows = Callable[..., list[tuple[Any, ...]]]
+
+PHONE = "27711234567"
+LATE_LID = "3000000000013"
+ELSEWHERE = "120363000000000009@g.us"
+
+
+def _explain(settings: Settings, number: str) -> Explanation:
+    assert settings.database_url is not None
+    assert settings.projects is not None
+    with (
+        closing(Bridge(settings.bridge)) as reader,
+        closing(connect(settings.database_url)) as database,
+    ):
+        return explain(
+            number,
+            database,
+            reader,
+            decider=Decider.of(settings, load_projects(settings.projects)),
+            known=reader.known(),
+            source="bridge",
+        )
+
+
+def _reconcile(settings: Settings, since: datetime | None = None) -> Comparison:
+    assert settings.database_url is not None
+    assert settings.projects is not None
+    with closing(Bridge(settings.bridge)) as reader, closing(connect(settings.database_url)) as database:
+        decider = Decider.of(settings, load_projects(settings.projects))
+        return reconcile(database, reader, decider, reader.known(), source="bridge", since=since)
+
+
+def _fill(bridge: SyntheticBridge) -> None:
+    """Post a drop for each way in which a drop can be missing from the table, or not be."""
+    bridge.set_device(OWN_JID, None)
+    posts = [
+        (NORTHFIELD, PHONE, "DR1000001"),
+        (NORTHFIELD, PHONE, "dr 1000001 again"),
+        (NORTHFIELD, LATE_LID, "DR1000002"),
+        (ELSEWHERE, PHONE, "DR1000003"),
+        (WESTMOOR, PHONE, "DR1000004"),
+        (NORTHFIELD, "12015550123", "DR1000005"),
+        (NORTHFIELD, PHONE, "DR-1000006"),
+        (NORTHFIELD, PHONE, "DR1000007\0"),
+    ]
+    for chat, sender, content in posts:
+        bridge.post(chat_jid=chat, sender=sender, content=content)
+
+
+@pytest.mark.parametrize(
+    ("number", "verdicts"),
+    [
+        ("DR1000001", ["new", "resubmission"]),
+        ("DR1000002", ["new"]),
+        ("DR1000003", ["other_chat"]),
+        ("DR1000004", ["disabled_project"]),
+        ("DR1000005", ["own_message"]),
+        ("DR1000006", ["no_drop"]),
+        ("DR1000007", ["rejected"]),
+        ("DR1000008", ["not_read_yet"]),
+        ("DR1000009", []),
+    ],
+)
+def test_incident_35_why_a_drop_is_missing_is_answered_from_what_is_stored(
+    bridge: SyntheticBridge,
+    relay_once: Any,
+    settings: Settings,
+    number: str,
+    verdicts: list[str],
+) -> None:
+    _fill(bridge)
+    relay_once()
+    bridge.post(chat_jid=NORTHFIELD, sender=PHONE, content="DR1000008")
+    found = _explain(settings, number)
+    assert [post.verdict for post in found.posts] == verdicts
+    assert found.seen == bool(verdicts)
+    assert set(verdicts) <= set(MEANINGS)
+
+
+def test_sender_that_waits_and_the_moment_of_its_phone_are_told(
+    bridge: SyntheticBridge, relay_once: Any, settings: Settings
+) -> None:
+    _fill(bridge)
+    relay_once()
+    (post,) = _explain(settings, "DR1000002").posts
+    assert (post.sender_state, post.resolved_at) == ("pending", None)
+    bridge.map_lid(LATE_LID, PHONE)
+    relay_once()
+    (post,) = _explain(settings, "DR1000002").posts
+    assert post.resolved_at is not None
+
+
+def test_message_that_is_gone_from_the_bridge_is_still_explained(
+    bridge: SyntheticBridge, relay_once: Any, settings: Settings
+) -> None:
+    _fill(bridge)
+    relay_once()
+    with closing(sqlite3.connect(bridge.messages_db, isolation_level=None)) as connection:
+        connection.execute("DELETE FROM messages WHERE content = 'DR1000002'")
+    (post,) = _explain(settings, "DR1000002").posts
+    assert (post.verdict, post.in_bridge) == ("new", False)
+
+
+def test_drop_from_before_the_start_is_told(
+    bridge: SyntheticBridge, relay_once: Any, settings: Settings
+) -> None:
+    now = datetime.now(UTC)
+    bridge.post(chat_jid=NORTHFIELD, sender=PHONE, content="DR1000001", timestamp=now - timedelta(days=9))
+    relay_once(since=Since(now - timedelta(days=1)))
+    (post,) = _explain(settings, "DR1000001").posts
+    assert post.verdict == "before_start"
+
+
+# reconcile
+
+
+def test_clean_run_shows_no_difference(bridge: SyntheticBridge, relay_once: Any, settings: Settings) -> None:
+    for number in range(30):
+        bridge.post(chat_jid=NORTHFIELD, sender=PHONE, content=f"DR{1000001 + number % 20}")
+    relay_once()
+    bridge.post(chat_jid=NORTHFIELD, sender=PHONE, content="DR1000099")
+    found = _reconcile(settings)
+    assert not found.failed
+    assert (found.messages, found.drops, found.not_read_yet) == (31, 31, 1)
+
+
+def test_every_kind_of_difference_is_listed(
+    bridge: SyntheticBridge, relay_once: Any, rows: Rows, settings: Settings
+) -> None:
+    for number in range(1, 4):
+        bridge.post(chat_jid=NORTHFIELD, sender=PHONE, content=f"DR100000{number}")
+    bridge.post(chat_jid=NORTHFIELD, sender=PHONE, content="DR1000007\0")
+    relay_once()
+    rows("DELETE FROM wa_monitor.drop_event WHERE drop_number = 'DR1000001'")
+    rows("DELETE FROM qa_photo_reviews WHERE drop_number = 'DR1000002'")
+    rows("INSERT INTO qa_photo_reviews (drop_number, user_name) VALUES ('DR1000009', 'x')")
+    found = _reconcile(settings)
+    assert found.failed
+    assert [one.drop_number for one in found.missing] == ["DR1000001"]
+    assert [one.reason for one in found.rejected] == ["holds a NUL byte, which PostgreSQL cannot store"]
+    assert [one.drop_number for one in found.gone] == ["DR1000002"]
+    assert {one.drop_number for one in found.foreign} == {"DR1000001", "DR1000009"}
+    later = _reconcile(settings, datetime.now(UTC) + timedelta(hours=1))
+    assert len(later.rejected) == 1  # a message without a readable time is never too old
+    assert not later.missing + later.gone + later.foreign
