@@ -32,9 +32,11 @@ demo: $(STAMP) ## the whole product on invented messages; ARGS=--once runs a scr
 test: $(STAMP) ## all tests; ARGS goes to pytest, e.g. ARGS="-k embedded"
 	@$(VENV)/bin/python $(RUN) -m pytest --numprocesses=$(WORKERS) $(ARGS)
 
-soak: $(STAMP) ## what takes minutes: the whole kill matrix, 200 reloads in a row, the monitor killed everywhere
+soak: $(STAMP) ## what takes minutes: whole kill matrix, 200 reloads and 200 checkouts in a row, the monitor killed everywhere
 	@WA_SOAK=1 $(VENV)/bin/python -m pytest --numprocesses=$(WORKERS) $(ARGS) \
-		tests/supervisor/test_kill_matrix.py tests/supervisor/test_soak.py tests/monitor/test_model.py
+		tests/supervisor/test_kill_matrix.py tests/supervisor/test_soak.py tests/supervisor/test_checkouts.py \
+		tests/supervisor/test_watch_whole.py tests/supervisor/test_reexec.py tests/supervisor/test_zygote.py \
+		tests/monitor/test_model.py
 
 gauntlet: $(STAMP) ## stale bytecode and proof on every supported interpreter of this machine; ARGS=--others leaves out ours
 	@bash .ci/gauntlet $(ARGS)
