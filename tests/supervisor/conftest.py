@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -38,3 +39,10 @@ def tree(tmp_path: Path) -> Path:
     (folder / "main.py").write_text(SCRIPT, encoding="utf-8")
     (folder / "modules" / "answer.py").write_text("VALUE = 1\n", encoding="utf-8")
     return folder
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring coverage loads half the standard library before any program starts."""
+    for name in [name for name in os.environ if name.startswith("COVERAGE_")]:
+        monkeypatch.delenv(name)

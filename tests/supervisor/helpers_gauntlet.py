@@ -427,7 +427,7 @@ def hooked_supervisor(folder: Path) -> Path:
     """Return a ``wa-supervisor`` that saves what is armed between its stages."""
     script = folder / "hooked.py"
     script.write_text(HOOKED, encoding="utf-8")
-    return _command(folder, [sys.executable, str(script)])
+    return program_of(folder, [sys.executable, str(script)])
 
 
 def bound_supervisor(folder: Path) -> Path | None:
@@ -437,10 +437,10 @@ def bound_supervisor(folder: Path) -> Path | None:
     setpriv = shutil.which("setpriv")
     if setpriv is None:
         return None
-    return _command(folder, [setpriv, f"--bounding-set={_DROPPED}", str(SUPERVISOR)])
+    return program_of(folder, [setpriv, f"--bounding-set={_DROPPED}", str(SUPERVISOR)])
 
 
-def _command(folder: Path, words: list[str]) -> Path:
+def program_of(folder: Path, words: list[str]) -> Path:
     # A shell's and not a `#!` of the interpreter, whose path may hold a space.
     path = folder / "wa-supervisor"
     path.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n', encoding="utf-8")

@@ -97,13 +97,6 @@ def generation(
 
 
 @pytest.fixture
-def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measuring coverage loads half the standard library before any program starts."""
-    for name in [name for name in os.environ if name.startswith("COVERAGE_")]:
-        monkeypatch.delenv(name)
-
-
-@pytest.fixture
 def fifo(tmp_path: Path) -> Path:
     """A pipe that the application waits on, and one that it answers on."""
     os.mkfifo(tmp_path / "step")

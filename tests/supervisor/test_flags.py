@@ -171,6 +171,7 @@ def test_help_of_run_has_every_option_with_its_default() -> None:
     assert words.endswith("[default: 127.0.0.1:9464]")
 
 
+@pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize(
     ("words", "unwanted"),
     [

@@ -621,6 +621,7 @@ def test_every_overflow_is_noticed_counted_and_makes_the_whole_tree_doubtful(roo
 def test_no_child_inherits_a_descriptor_of_the_watcher(watch: Watch, root: Path) -> None:
     """Not even one that is started with all descriptors that may be inherited."""
     look = "import glob, os; print(*(os.path.realpath(p) for p in glob.glob('/proc/self/fd/*')))"
+    others = [path for path in Path("/proc/self/fd").iterdir() if os.get_inheritable(int(path.name))]
     watch(root)
     said = subprocess.run(
         [sys.executable, "-c", look], close_fds=False, capture_output=True, text=True, check=True
@@ -628,8 +629,10 @@ def test_no_child_inherits_a_descriptor_of_the_watcher(watch: Watch, root: Path)
     ours = [os.path.realpath(descriptor) for descriptor in Path("/proc/self/fd").iterdir()]
     assert any("inotify" in path for path in ours), "void: there is none to be inherited"
     assert "pipe:" in said.stdout
-    assert "inotify" not in said.stdout
-    assert "eventfd" not in said.stdout
+    inherited = said.stdout.split()
+    for kind in ("inotify", "eventfd"):  # Of what ran in this process before, some may be.
+        known = [path for path in others if kind in os.path.realpath(path)]
+        assert len([path for path in inherited if kind in path]) == len(known)
 
 
 @linux_only

@@ -24,6 +24,7 @@ from tests.supervisor.harness import (
     is_gone,
     until,
 )
+from tests.supervisor.helpers_gauntlet import program_of
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="a zygote needs a subreaper"),
@@ -258,10 +259,10 @@ cli.main()
 @pytest.fixture
 def overtaken(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """A supervisor whose zygote something happens to at the moment of a request."""
-    program, armed = bench.folder / "overtaken", bench.folder / "armed"
-    program.write_text(f"#!{sys.executable}\n{OVERTAKEN}", encoding="utf-8")
-    program.chmod(0o755)
-    monkeypatch.setattr("tests.supervisor.harness.SUPERVISOR", program)
+    program, armed = bench.folder / "overtaken.py", bench.folder / "armed"
+    program.write_text(OVERTAKEN, encoding="utf-8")
+    command = program_of(bench.folder, [sys.executable, str(program)])
+    monkeypatch.setattr("tests.supervisor.harness.SUPERVISOR", command)
 
     def arm(what: str) -> None:
         armed.write_text(what, encoding="utf-8")
