@@ -296,6 +296,7 @@ class Service:
         self._run_timers(now)
         self._collect_job(now)
         self._starter.collect(now, self._settings.ready_timeout_seconds)
+        self._decide()  # What was built is on its way before its reload is taken further.
         found = self._pipeline.advance(
             now, live=self._live_manifest, candidate=self._candidate_reload, outdated=self._outdated
         )
