@@ -7,6 +7,7 @@ doubtful: shown to a person, not counted as a LID.
 """
 
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from psycopg.types.json import Jsonb
 
@@ -56,6 +57,13 @@ def adopt_rows(database: Database, source: str) -> int:
 def pending_drops(database: Database, source: str) -> int:
     """Return how many drops of a source wait for their sender."""
     return int(database.rows("count_pending", {"source": source})[0][0])
+
+
+def usual_messages(database: Database, source: str) -> float:
+    """Return how many messages the present hour of the week had on average in the last four weeks."""
+    with database.patient_transaction():
+        (row,) = database.rows("usual_messages", {"source": source, "now": datetime.now(UTC)})
+    return float(row[0])
 
 
 def repaired_rows(database: Database) -> int:

@@ -51,6 +51,8 @@ class Snapshot:
     errors: Mapping[str, int] = field(default_factory=dict)
     foreign_rows: Mapping[str, int] = field(default_factory=dict)
     backlog: int = 0
+    usual_messages: float = 0.0
+    """Of the present hour of the week, on average."""
     broken: Component | None = None
     projects_refused: bool = False
     batches: tuple[int, ...] = (0,) * (len(BATCH_SECONDS) + 1)
@@ -138,6 +140,11 @@ class MonitorMetrics(Collector):
             now.foreign_rows,
         )
         yield _gauge("wa_monitor_backlog_rows", "Rows of the bridge that were not read yet", now.backlog)
+        yield _gauge(
+            "wa_monitor_bridge_usual_messages",
+            "Messages that the present hour of the week had on average in the last four weeks",
+            now.usual_messages,
+        )
         yield _broken(now.broken)
         yield _gauge(
             "wa_monitor_projects_refused",

@@ -295,6 +295,15 @@ GROUP BY 1
 -- name: count_pending
 SELECT count(*) FROM wa_monitor.pending WHERE source = %(source)s
 
+-- name: usual_messages
+-- How many messages this hour of the week had on average in the last four weeks: what the age of the newest message has
+-- to be judged against.
+SELECT count(*) / 4.0
+FROM wa_monitor.message
+WHERE source = %(source)s AND sent_at BETWEEN %(now)s::timestamptz - interval '28 days' AND %(now)s::timestamptz
+  AND mod(extract(epoch FROM date_trunc('hour', %(now)s::timestamptz) - date_trunc('hour', sent_at)), 604800) = 0
+  AND sent_at < date_trunc('hour', %(now)s::timestamptz)
+
 -- name: count_repaired
 SELECT count(*) FROM wa_monitor.repair
 

@@ -66,6 +66,7 @@ _PROJECTS_LOOK_SECONDS = 1.0
 _FIRST_PAUSE_SECONDS = 0.1
 _LONGEST_PAUSE_SECONDS = 5.0
 _PING_SECONDS = 1.0
+_USUAL_SECONDS = 600.0
 _RENEWALS_PER_LEASE = 3
 # Counting LIDs reads the whole table: on a large one it may take a tenth of the time, not more.
 _COUNT_SHARE = 0.1
@@ -378,6 +379,7 @@ class _Writer:
         self._in_episode = False
         self._renewal = _Due(settings.lease_seconds / _RENEWALS_PER_LEASE)
         self._count = _Due(settings.scan_interval_seconds)
+        self._usual = _Due(_USUAL_SECONDS)
         self._repair = _Due(settings.auto_repair_seconds)
         self._standing = False
 
@@ -541,6 +543,9 @@ class _Writer:
             repaired=census.repaired_rows(self._database),
             backlog=max(0, self._bridge.end().rowid - self._place.rowid),
         )
+        if self._usual.now():
+            self._metrics.update(usual_messages=census.usual_messages(self._database, self._settings.source))
+            self._usual.done()
         self._in_episode = self._in_episode and bool(standing)
         self._repair_what_stands(known, standing=bool(standing))
         self._count.done(time.monotonic() - began_seconds)

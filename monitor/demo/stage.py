@@ -52,6 +52,7 @@ _NOT_PASSED_ON: Final = (
         "WA_SOURCE",
         "WA_LISTEN",
     ),
+    *("WA_AUTO_REPAIR", "WA_BUSINESS_ZONE", "WA_DATABASE_IDENTITY"),
     *("WA_LEASE", "SCAN_INTERVAL", "LOG_LEVEL", "LOG_FILE", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"),
     *("RUNTIME_DIRECTORY", "STATE_DIRECTORY", "PROMETHEUS_MULTIPROC_DIR"),
     *("PYTHONDONTWRITEBYTECODE", "PYTHONPATH", "PYTHONPYCACHEPREFIX", "PYTHONOPTIMIZE"),
@@ -156,6 +157,7 @@ class Stage:
             "WHATSAPP_DB_PATH": str(self.bridge.messages_db),
             "WA_PROJECTS": str(self.folder / "projects.yaml"),
             "WA_SINCE": "beginning",
+            "WA_AUTO_REPAIR": "0",  # who plays with the bug repairs by hand, and sees it
         }
 
     def supervise(self, *target: str, options: tuple[str, ...] = ()) -> None:
