@@ -272,7 +272,8 @@ class Relay:
                 if self._settings.once:
                     writer.count()
                     break
-                self._stop.wait(_SLOW_POLL_SECONDS if wakeup.trusted else _POLL_SECONDS, wakeup)
+                poll_seconds = _SLOW_POLL_SECONDS if wakeup.trusted else _POLL_SECONDS
+                self._stop.wait(min(poll_seconds, writer.idle_seconds()), wakeup)
         writer.release()
 
     def _look_at_projects(self) -> bool:
@@ -342,6 +343,10 @@ class _Due:
     def now(self) -> bool:
         """Tell whether it is time."""
         return time.monotonic() >= self.next_seconds
+
+    def left_seconds(self) -> float:
+        """Return how long it is until then."""
+        return max(0.0, self.next_seconds - time.monotonic())
 
     def done(self, cost_seconds: float = 0.0) -> None:
         """Start the pause, which is longer after something expensive."""
@@ -426,6 +431,10 @@ class _Writer:
             self._store_page(page, known)
         self._look_after()
         return page.rescan_from is not None or bool(page.rows)
+
+    def idle_seconds(self) -> float:
+        """Return how long nothing has to be done unless a message comes: the lease is to be renewed."""
+        return self._renewal.left_seconds()
 
     def release(self) -> None:
         """Let the next owner take over."""
