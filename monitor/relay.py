@@ -85,9 +85,10 @@ class Stop:
             self.requested = True
             os.write(self._writer, b"x")
 
-    def wait(self, seconds: float, *others: "Wakeup") -> None:
-        """Wait for `seconds`, until the end is asked for, or until one of the others calls."""
-        select.select([self._reader, *(other.fileno() for other in others)], [], [], seconds)
+    def wait(self, seconds: float, *others: "Wakeup") -> bool:
+        """Wait for `seconds`, until the end is asked for, or until one of the others calls: then True."""
+        called, _, _ = select.select([self._reader, *(other.fileno() for other in others)], [], [], seconds)
+        return bool(called)
 
     def close(self) -> None:
         """Close the pipe."""
@@ -260,20 +261,22 @@ class Relay:
         )
         writer.look_back()
         writer.retry_dead_letters()
+        in_vain = False
         while not self._stop.requested:
             if self._look_at_projects():
                 writer.use(self._projects.projects)
             rung = wakeup.rung()
             found_work = writer.turn()
-            if found_work and not rung:
+            if found_work and in_vain and not rung:
                 wakeup.missed()
+            in_vain = False
             self._turn_completed()
             if not found_work:
                 if self._settings.once:
                     writer.count()
                     break
                 poll_seconds = _SLOW_POLL_SECONDS if wakeup.trusted else _POLL_SECONDS
-                self._stop.wait(min(poll_seconds, writer.idle_seconds()), wakeup)
+                in_vain = not self._stop.wait(min(poll_seconds, writer.idle_seconds()), wakeup)
         writer.release()
 
     def _look_at_projects(self) -> bool:
