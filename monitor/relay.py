@@ -85,9 +85,10 @@ class Stop:
             self.requested = True
             os.write(self._writer, b"x")
 
-    def wait(self, seconds: float, *others: "Wakeup") -> None:
-        """Wait for `seconds`, until the end is asked for, or until one of the others calls."""
-        select.select([self._reader, *(other.fileno() for other in others)], [], [], seconds)
+    def wait(self, seconds: float, *others: "Wakeup") -> bool:
+        """Wait for `seconds`, until the end is asked for, or until one of the others calls: then True."""
+        called, _, _ = select.select([self._reader, *(other.fileno() for other in others)], [], [], seconds)
+        return bool(called)
 
     def close(self) -> None:
         """Close the pipe."""
@@ -260,19 +261,22 @@ class Relay:
         )
         writer.look_back()
         writer.retry_dead_letters()
+        in_vain = False
         while not self._stop.requested:
             if self._look_at_projects():
                 writer.use(self._projects.projects)
             rung = wakeup.rung()
             found_work = writer.turn()
-            if found_work and not rung:
+            if found_work and in_vain and not rung:
                 wakeup.missed()
+            in_vain = False
             self._turn_completed()
             if not found_work:
                 if self._settings.once:
                     writer.count()
                     break
-                self._stop.wait(_SLOW_POLL_SECONDS if wakeup.trusted else _POLL_SECONDS, wakeup)
+                poll_seconds = _SLOW_POLL_SECONDS if wakeup.trusted else _POLL_SECONDS
+                in_vain = not self._stop.wait(min(poll_seconds, writer.idle_seconds()), wakeup)
         writer.release()
 
     def _look_at_projects(self) -> bool:
@@ -342,6 +346,10 @@ class _Due:
     def now(self) -> bool:
         """Tell whether it is time."""
         return time.monotonic() >= self.next_seconds
+
+    def left_seconds(self) -> float:
+        """Return how long it is until then."""
+        return max(0.0, self.next_seconds - time.monotonic())
 
     def done(self, cost_seconds: float = 0.0) -> None:
         """Start the pause, which is longer after something expensive."""
@@ -426,6 +434,10 @@ class _Writer:
             self._store_page(page, known)
         self._look_after()
         return page.rescan_from is not None or bool(page.rows)
+
+    def idle_seconds(self) -> float:
+        """Return how long nothing has to be done unless a message comes: the lease is to be renewed."""
+        return self._renewal.left_seconds()
 
     def release(self) -> None:
         """Let the next owner take over."""

@@ -30,6 +30,7 @@ Rejected: `ON CONFLICT` on the dashboard's unique key, which changed three times
 resubmission is.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -415,15 +416,24 @@ class Store:
         )
 
     def _record_pending(self, stored: Sequence[StoredDrop]) -> None:
-        """Put drops without a sender on the waiting list, and take rows off it that have got one."""
-        taken = [
-            one.review_id for one in stored if isinstance(one.sender, Phone) and one.kind == "resubmission"
-        ]
+        """Put drops without a sender on the waiting list, and take rows off it that have got one.
+
+        A row may get one within the batch: who came before that does not wait either.
+        """
+        waiting: dict[str, list[StoredDrop]] = {}
+        taken: list[str] = []
+        for one in stored:
+            if isinstance(one.sender, Phone):
+                waiting.pop(one.review_id, None)
+                if one.kind == "resubmission":
+                    taken.append(one.review_id)
+            elif one.submitted_by is None:
+                waiting.setdefault(one.review_id, []).append(one)
         if taken:
             self._database.run("drop_pending_of_reviews", {"review_ids": taken})
-        waiting = [one for one in stored if one.submitted_by is None and not isinstance(one.sender, Phone)]
         if waiting:
-            self._database.run("insert_pending", {**self._code(), **_event_ids(waiting)})
+            drops = list(itertools.chain.from_iterable(waiting.values()))
+            self._database.run("insert_pending", {**self._code(), **_event_ids(drops)})
 
     def _record(
         self, fresh: Sequence[Decided], dead: Mapping[MessageId, str], before: Mapping[MessageId, str]

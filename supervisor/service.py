@@ -256,6 +256,7 @@ class Service:
             self._pipeline.ask("start", time.monotonic())
             self._publish(time.monotonic())
             self._web.start()
+            self._turned_at = time.monotonic()
             while not self._state.finished and not self._succession.due:
                 self._turn()
         finally:
@@ -276,14 +277,17 @@ class Service:
     def _turn(self) -> None:
         """Wait for something, let all concerned look at it, and decide until nothing is left to decide."""
         timeout = self._timeout()
-        due = time.monotonic() + timeout
+        entered = time.monotonic()
+        due = entered + timeout
         for key, _ in self._selector.select(timeout):
             self._changed = True
             key.data()
-        now = self._turned_at = time.monotonic()
-        if now - due > _OVERSLEPT_SECONDS:
-            log.warning("the supervisor stood still for %.1f s; nobody's silence counts", now - due)
-            self._events.appendleft((events.Slept(now - due), None))
+        now = time.monotonic()
+        slept = (now - due) + (entered - self._turned_at)  # While it waited, or in the middle of its work.
+        self._turned_at = now
+        if slept > _OVERSLEPT_SECONDS:
+            log.warning("the supervisor stood still for %.1f s; nobody's silence counts", slept)
+            self._events.appendleft((events.Slept(slept), None))
         self._pipeline.hint(self._watcher.take(), now)
         doubt = self._watcher.doubt()
         if doubt is not None:

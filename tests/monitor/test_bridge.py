@@ -273,3 +273,22 @@ def test_path_with_special_characters_is_opened(tmp_path: Path, name: str) -> No
     with closing(Bridge(bridge.messages_db)) as reader:
         assert _texts(reader.read_after(Place(), 10).rows) == ["one"]
         assert reader.known().phone_of == {}
+
+
+def test_bridge_with_a_write_ahead_log_is_read_while_it_writes_and_after_it_ended(
+    bridge: SyntheticBridge,
+) -> None:
+    with closing(sqlite3.connect(bridge.messages_db, isolation_level=None)) as writer:
+        writer.execute("PRAGMA journal_mode = wal")
+        bridge.post(chat_jid=NORTHFIELD, sender="27711234567", content="one")
+        with closing(Bridge(bridge.messages_db)) as reader:
+            assert len(reader.read_after(Place(), 10).rows) == 1
+            writer.execute("BEGIN IMMEDIATE")
+            writer.execute("UPDATE messages SET content = 'two'")
+            ((first,),) = [[row.content for row in reader.read_after(Place(), 10).rows]]
+            assert first == "one"
+            writer.execute("COMMIT")
+            assert [row.content for row in reader.read_after(Place(), 10).rows] == ["two"]
+            assert (bridge.folder / "messages.db-wal").exists()
+    with closing(Bridge(bridge.messages_db)) as reader:
+        assert [row.content for row in reader.read_after(Place(), 10).rows] == ["two"]

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from typer.testing import CliRunner
 
+from monitor.cli import commands
 from monitor.demo.bridge import NORTHFIELD, SyntheticBridge
 from monitor.settings import _ENVIRONMENT, Values
 
@@ -169,3 +171,74 @@ def test_unknown_option_is_a_usage_error(environment: dict[str, str]) -> None:
     ended = _run(environment, "run", "--brigde", "x")
     assert ended.returncode == 2
     assert "--brigde" in ended.stderr
+
+
+# commands in this process: what they print and how they end
+
+
+@pytest.fixture
+def invoke(environment: dict[str, str]) -> Callable[..., tuple[int, str]]:
+    """Run a command and return its exit status and what it printed."""
+
+    def run(*arguments: str) -> tuple[int, str]:
+        result = CliRunner().invoke(commands, arguments, env=environment)
+        return result.exit_code, result.output
+
+    return run
+
+
+@pytest.mark.usefixtures("standing_lid")
+def test_repair_is_undone_by_its_run(invoke: Callable[..., tuple[int, str]], rows: Rows) -> None:
+    status, text = invoke("repair-lids")
+    assert status == 0
+    run = re.search(r"in run (\S+):", text)
+    assert run is not None
+    status, text = invoke("repair-lids", "--undo", run[1])
+    assert (status, text) == (0, "1 rows of Northfield hold again what they held before\n")
+    assert rows("SELECT submitted_by FROM qa_photo_reviews") == [(LID,)]
+    assert invoke("repair-lids", "--undo", run[1]) == (0, "Nothing was put back.\n")
+    status, text = invoke("repair-lids", "--undo", "another")
+    assert (status, run[1] in text) == (2, True)
+    assert invoke("repair-lids", "--undo", run[1], "--dry-run")[0] == 2
+
+
+@pytest.mark.usefixtures("standing_lid")
+def test_drop_is_explained_with_numbers_masked(
+    invoke: Callable[..., tuple[int, str]], bridge: SyntheticBridge
+) -> None:
+    bridge.post(chat_jid="120363000000000009@g.us", sender=PHONE, content="DR1000001")
+    status, text = invoke("explain", "dr 1000001")
+    assert status == 0
+    assert "row in Northfield" in text
+    assert "stored as a new drop" in text
+    assert "posted in a group that is no project" in text
+    assert not re.search("[0-9]{9}", text)
+    status, text = invoke("explain", "DR1000009")
+    assert (status, "not seen" in text) == (1, True)
+    assert invoke("explain", "tomorrow")[0] == 2
+
+
+@pytest.mark.usefixtures("standing_lid")
+def test_bridge_and_table_are_compared(invoke: Callable[..., tuple[int, str]], rows: Rows) -> None:
+    status, text = invoke("reconcile", "--since", "beginning")
+    assert (status, text) == (0, "1 messages, 1 drops; 0 not read yet\nNo difference.\n")
+    rows("DELETE FROM qa_photo_reviews")
+    status, text = invoke("reconcile", "--since", "beginning")
+    assert (status, "gone: DR1000001 in Northfield" in text) == (1, True)
+    status, text = invoke("reconcile", "--since", "2026-01-01T00:00:00+02:00", "--json")
+    assert (status, json.loads(text)["gone"][0]["drop_number"]) == (1, "DR1000001")
+    assert invoke("reconcile", "--since", "yesterday")[0] == 2
+
+
+@pytest.mark.usefixtures("standing_lid")
+def test_audit_lists_what_was_stored_since_and_accepts_foreign_rows_on_demand(
+    invoke: Callable[..., tuple[int, str]], rows: Rows
+) -> None:
+    rows("UPDATE qa_photo_reviews SET submitted_by = %s", PHONE)
+    rows("INSERT INTO qa_photo_reviews (drop_number, user_name) VALUES ('DR1000009', 'typed by hand')")
+    status, text = invoke("audit", "--since", "2026-01-01T00:00:00+02:00")
+    assert status == 1
+    assert "foreign_row: 1 in (none) by another writer" in text
+    assert re.search(r"DR1000001 .* new .* phone .* certain", text)
+    status, text = invoke("audit", "--accept-foreign")
+    assert (status, "1 rows of other writers were adopted" in text) == (0, True)

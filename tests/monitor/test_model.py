@@ -16,6 +16,7 @@ from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -25,11 +26,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from monitor.demo.bridge import EASTVALE, NORTHFIELD, SyntheticBridge
+from monitor.embedded import EmbeddedPostgres
 from monitor.judgement import PENDING_NAME, UNKNOWN_NAME
 from monitor.metrics import MonitorMetrics
 from monitor.notify import Notifier
 from monitor.projects import ProjectsFile
 from monitor.relay import Relay, Stop
+from monitor.settings import DatabaseUrl
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -274,7 +277,7 @@ def test_any_history_gives_what_the_reference_gives_however_often_the_monitor_is
             if self.ran:
                 self.world.check()
 
-    examples, steps = (400, 30) if SOAK else (4, 12)
+    examples, steps = (400, 30) if SOAK else (6, 14)
     run_state_machine_as_test(
         History,
         settings=hypothesis_settings(
@@ -338,3 +341,36 @@ def test_kills_at_random_times_while_messages_come_lose_and_double_nothing(
     assert world.run()
     world.reference.run()
     world.check()
+
+
+def test_kills_and_restarts_of_postgresql_lose_and_double_nothing(
+    bridge: SyntheticBridge, settings: Settings, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    chance = random.Random(11)  # noqa: S311 -- repeatable
+    data = tmp_path_factory.mktemp("p")
+    world: World | None = None
+    number = running = 0
+    for last in [False] * (40 if SOAK else 2) + [True]:
+        with EmbeddedPostgres(data, durable=False) as server:
+            if world is None:
+                own = replace(settings, database_url=DatabaseUrl(server.url))
+                world = World(bridge, own, partial(_ask, server.url))
+            running = running or world.start()
+            for _ in range(chance.randint(1, 12)):
+                drop = f"DR{1_000_000 + chance.randint(0, 60)}"
+                world.post(chance.choice(CHATS), f"3A{number:06X}", chance.choice(PHONES), (drop,), number)
+                number += 1
+            time.sleep(chance.uniform(0.0, 0.25))
+            if last or chance.randint(0, 1):  # else the same monitor sees the restart
+                os.kill(running, signal.SIGKILL)
+                os.waitpid(running, 0)
+                running = 0
+            if last:
+                assert world.run()
+                world.reference.run()
+                world.check()
+
+
+def _ask(url: str, statement: str) -> list[tuple[Any, ...]]:
+    with psycopg.connect(url, autocommit=True) as connection:
+        return connection.execute(statement.encode()).fetchall()

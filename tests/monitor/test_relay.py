@@ -119,6 +119,15 @@ def test_resubmission_by_a_phone_takes_the_row_over_from_a_pending_sender(
     assert rows(SENDERS) == [("DR1000001", PHONE, PHONE, True)]
 
 
+def test_nobody_waits_for_a_row_that_a_phone_took_over_in_the_same_batch(
+    bridge: SyntheticBridge, relay_once: RelayOnce, rows: Rows
+) -> None:
+    _post(bridge, LATE_LID, "DR1000001 DR1000002")
+    _post(bridge, PHONE, "DR1000001")
+    relay_once()
+    assert rows("SELECT drop_number FROM wa_monitor.pending") == [("DR1000002",)]
+
+
 def test_lid_that_gets_another_phone_changes_no_stored_row(
     bridge: SyntheticBridge, relay_once: RelayOnce, rows: Rows
 ) -> None:

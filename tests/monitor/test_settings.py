@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from monitor.errors import ConfigError
-from monitor.settings import Listen, Since, Values, load, parse_listen, parse_since
+from monitor.settings import Listen, Since, Values, load, parse_listen, parse_since, resolve
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -132,3 +132,16 @@ def test_listen_defaults_to_the_loopback_interface() -> None:
 def test_listen_that_is_no_address_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="listen"):
         parse_listen(text)
+
+
+def test_business_zone_is_south_africa_unless_another_is_named() -> None:
+    noon = datetime(2026, 7, 1, 12, tzinfo=UTC)
+    assert f"{noon.astimezone(resolve(Values(bridge='x')).business_zone):%H:%M %Z}" == "14:00 SAST"
+    other = resolve(Values(bridge="x", business_zone="Europe/Lisbon")).business_zone
+    assert f"{noon.astimezone(other):%H:%M}" == "13:00"
+
+
+@pytest.mark.parametrize("zone", ["Nowhere/City", "../etc/passwd", "/etc/passwd"])
+def test_business_zone_that_is_none_is_refused(zone: str) -> None:
+    with pytest.raises(ConfigError, match="business_zone"):
+        resolve(Values(bridge="x", business_zone=zone))
