@@ -106,4 +106,4 @@ def test_next_program_does_not_begin_before_a_finalizer_of_the_old_one_has_run(
         started.expect(f"^serving {number}$")
         lines = [line for line in started.output.lines if line.startswith(("serving", "let go"))]
         assert lines[-2:] == [f"let go {number - 1}", f"serving {number}"]
-        started.expect(r"reload \(watch\): live")
+        started.expect(r"reload \((watch|scan)\): live")

@@ -292,11 +292,11 @@ def test_zygote_that_fails_in_the_middle_of_a_request_costs_a_cold_start(
     overtaken(when + how)
     bench.answer(2)
     bench.started.expect("running 2 old")
-    bench.started.expect(r"reload \(watch\): live")
+    bench.started.expect(r"reload \((watch|scan)\): live")
     bench.ready(other_than=pid)
     bench.answer(3)
     bench.started.expect("running 3 old")
-    bench.started.expect(r"reload \(watch\): live")
+    bench.started.expect(r"reload \((watch|scan)\): live")
     assert bench.zygote["forks"] >= 1
     ours = psutil.Process(bench.started.process.pid)
     until(lambda: {c.pid for c in ours.children()} >= {bench.zygote["pid"], bench.started.live().pid})
@@ -425,7 +425,7 @@ def test_operator_can_do_without(bench: Bench) -> None:
     started.expect("running 1 old")
     bench.answer(2)
     started.expect("running 2 old")
-    started.expect(r"reload \(watch\): live")
+    started.expect(r"reload \((watch|scan)\): live")
     assert bench.zygote == {
         "state": "off", "reason": "--no-zygote", "pid": None, "modules": 0, "forks": 0, "left_out": {},
     }  # fmt: skip
@@ -442,7 +442,7 @@ def test_many_reloads_leave_nothing_behind(bench: Bench, measured: Callable[[str
     def reload(number: int) -> None:
         bench.answer(number)
         started.expect(f"running {number} old")
-        started.expect(r"reload \(watch\): live")
+        started.expect(r"reload \((watch|scan)\): live")
 
     reload(2)
     until(lambda: len(ours.children()) == len(("the child", "the zygote", "the next compile helper")))
