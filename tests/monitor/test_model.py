@@ -277,7 +277,7 @@ def test_any_history_gives_what_the_reference_gives_however_often_the_monitor_is
             if self.ran:
                 self.world.check()
 
-    examples, steps = (400, 30) if SOAK else (6, 14)
+    examples, steps = (150, 30) if SOAK else (6, 14)
     run_state_machine_as_test(
         History,
         settings=hypothesis_settings(
