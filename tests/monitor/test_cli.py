@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -39,6 +38,17 @@ def _run(environment: dict[str, str], *arguments: str) -> subprocess.CompletedPr
 
 
 @pytest.fixture
+def invoke(environment: dict[str, str]) -> Callable[..., tuple[int, str]]:
+    """Run a command in this process and return its exit status and what it printed."""
+
+    def run(*arguments: str, **changes: str) -> tuple[int, str]:
+        result = CliRunner().invoke(commands, arguments, env={**environment, **changes})
+        return result.exit_code, result.output
+
+    return run
+
+
+@pytest.fixture
 def standing_lid(bridge: SyntheticBridge, relay_once: Any, rows: Rows) -> None:
     """A table with one LID that the map can resolve."""
     bridge.map_lid(LID, PHONE)
@@ -57,30 +67,27 @@ def test_run_once_relays_the_backlog(
 
 
 @pytest.mark.usefixtures("standing_lid")
-def test_audit_repair_audit(environment: dict[str, str]) -> None:
-    failed = _run(environment, "audit")
-    assert failed.returncode == 1
-    assert "Northfield" in failed.stdout
-    planned = _run(environment, "repair-lids", "--dry-run")
-    assert planned.returncode == 0
-    assert "would be repaired" in planned.stdout
-    assert _run(environment, "audit").returncode == 1
-    repaired = _run(environment, "repair-lids")
-    assert repaired.returncode == 0
-    assert re.search(r"Northfield\s+\S*\s*1", repaired.stdout)
-    passed = _run(environment, "audit", "--json")
-    assert passed.returncode == 0
-    assert json.loads(passed.stdout)["failed"] is False
+def test_audit_repair_audit(invoke: Callable[..., tuple[int, str]]) -> None:
+    status, text = invoke("audit")
+    assert (status, "Northfield" in text) == (1, True)
+    status, text = invoke("repair-lids", "--dry-run")
+    assert (status, "would be repaired" in text) == (0, True)
+    assert invoke("audit")[0] == 1
+    status, text = invoke("repair-lids")
+    assert status == 0
+    assert re.search(r"Northfield\s+\S*\s*1", text)
+    status, text = invoke("audit", "--json")
+    assert (status, json.loads(text)["failed"]) == (0, False)
 
 
-def test_audit_masks_numbers(environment: dict[str, str], relay_once: Any, rows: Rows) -> None:
+def test_audit_masks_numbers(invoke: Callable[..., tuple[int, str]], relay_once: Any, rows: Rows) -> None:
     relay_once()
     rows(
         "INSERT INTO qa_photo_reviews (drop_number, submitted_by, user_name)"
         " VALUES ('DR1', '80000000000018', 'x')"
     )
-    assert "80000000000018" not in _run(environment, "audit").stdout
-    assert "80000000000018" in _run({**environment, "LOG_NUMBERS": "full"}, "audit").stdout
+    assert "80000000000018" not in invoke("audit")[1]
+    assert "80000000000018" in invoke("audit", LOG_NUMBERS="full")[1]
 
 
 def test_database_that_no_monitor_knows_is_named(environment: dict[str, str]) -> None:
@@ -125,9 +132,9 @@ def test_wrong_url_is_one_sentence_without_its_password(environment: dict[str, s
 
 @pytest.mark.parametrize("command", ["run", "audit", "repair-lids", "explain", "reconcile", "demo"])
 def test_every_command_explains_itself(command: str) -> None:
-    ended = _run(dict(os.environ), command, "--help")
-    assert ended.returncode == 0
-    assert "Usage" in ended.stdout
+    ended = CliRunner().invoke(commands, [command, "--help"])
+    assert ended.exit_code == 0
+    assert "Usage" in ended.output
 
 
 @pytest.mark.parametrize(
@@ -160,7 +167,7 @@ def test_reference_names_every_flag_key_and_variable() -> None:
     flags = {
         flag
         for command in ("run", "audit", "repair-lids", "explain", "reconcile", "demo")
-        for flag in re.findall(r"--[a-z][a-z-]+", _run(dict(os.environ), command, "--help").stdout)
+        for flag in re.findall(r"--[a-z][a-z-]+", CliRunner().invoke(commands, [command, "--help"]).output)
     } - {"--help"}
     names = {name for alternatives in _ENVIRONMENT.values() for name in alternatives}
     wanted = {f"`{one}" for one in flags | names | set(Values.__struct_fields__)}
@@ -171,20 +178,6 @@ def test_unknown_option_is_a_usage_error(environment: dict[str, str]) -> None:
     ended = _run(environment, "run", "--brigde", "x")
     assert ended.returncode == 2
     assert "--brigde" in ended.stderr
-
-
-# commands in this process: what they print and how they end
-
-
-@pytest.fixture
-def invoke(environment: dict[str, str]) -> Callable[..., tuple[int, str]]:
-    """Run a command and return its exit status and what it printed."""
-
-    def run(*arguments: str) -> tuple[int, str]:
-        result = CliRunner().invoke(commands, arguments, env=environment)
-        return result.exit_code, result.output
-
-    return run
 
 
 @pytest.mark.usefixtures("standing_lid")
