@@ -22,6 +22,8 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
+import msgspec
+
 from supervisor.errors import BlobError
 from supervisor.manifest import Manifest, Tree
 
@@ -29,6 +31,9 @@ from supervisor.manifest import Manifest, Tree
 def place(directory: Path) -> Path:
     """Return where the blobs of a store in ``directory`` lie, whether it exists yet or not."""
     return directory / "blobs"
+
+
+_Facts = tuple[int, int, int, int]
 
 
 class BlobStore:
@@ -49,6 +54,11 @@ class BlobStore:
         self._folder = str(self.blobs)
         self._held: dict[str, int] = {}
         """Digest to size of what was seen whole by this process."""
+        self._names: set[str] = set()
+        self._names_of: _Facts | None = None
+        """The folder's when it held these names; it is listed again when it is another."""
+        self._manifests: dict[str, _Facts] = {}
+        """Tree digest to the facts of the file that this process has written or seen whole."""
 
     def put(self, content: bytes) -> str:
         """Keep ``content`` and return its sha256 in hexadecimal.
@@ -60,21 +70,30 @@ class BlobStore:
         path = f"{self._folder}/{digest}"
         if digest not in self._held or self._held[digest] != _size(path):
             if _content(path) != content:
+                known = self._names_of is not None and _facts(self._folder) == self._names_of
                 _write(path, content)
+                if known:
+                    self._names.add(digest)
+                self._names_of = _facts(self._folder) if known else None
             self._held[digest] = len(content)
         return digest
 
     def holds(self, manifest: Manifest) -> bool:
-        """Whether there is a blob for each source of a manifest; its bytes are not looked at."""
-        try:
-            names = set(os.listdir(self._folder))  # One call: a stat for each of 20,000 takes long.
-        except OSError:
-            return False
-        return names.issuperset(manifest.sources.values())
+        """Whether there is a blob for each source of a manifest; its bytes are not looked at.
+
+        The folder is listed when it has changed: on the way of a reload that takes long in a large tree. What
+        was taken away within a tick of the clock after we have put something is missed; then the child says
+        so that misses it.
+        """
+        if self._names_of is None or _facts(self._folder) != self._names_of:
+            self._list()
+        return self._names.issuperset(manifest.sources.values())
 
     def distrust(self) -> None:
         """Compare with the disk whatever is put next: something there was not as it was left."""
         self._held.clear()
+        self._manifests.clear()
+        self._names_of = None
 
     def get(self, digest: str) -> bytes:
         """Return the bytes kept under ``digest``.
@@ -97,15 +116,24 @@ class BlobStore:
             OSError: it cannot be written.
         """
         path = self.manifests / f"{manifest.digest}.json"
+        facts = self._manifests.get(manifest.digest)
+        if facts is not None and facts == _facts(str(path)):
+            return path
         body = {
             "base": manifest.base,
             "roots": manifest.roots,
-            "sources": dict(manifest.sources),
+            "sources": manifest.sources,
             "ignore": manifest.ignore,
         }
-        content = json.dumps(body).encode()
+        try:
+            content = msgspec.json.encode(body)  # For 5,000 sources a tenth of a millisecond instead of two.
+        except UnicodeEncodeError:  # A name that is not UTF-8.
+            content = json.dumps(body).encode()
         if _content(str(path)) != content:
             _write(str(path), content)
+        facts = _facts(str(path))
+        if facts is not None:
+            self._manifests[manifest.digest] = facts
         return path
 
     def get_manifest(self, digest: str) -> Manifest:
@@ -135,6 +163,26 @@ class BlobStore:
         _remove_others(self.blobs, needed)
         _remove_others(self.manifests, {f"{manifest.digest}.json" for manifest in keep})
         self._held = {digest: size for digest, size in self._held.items() if digest in needed}
+        self._list()
+        kept = {manifest.digest for manifest in keep}
+        self._manifests = {digest: facts for digest, facts in self._manifests.items() if digest in kept}
+
+    def _list(self) -> None:
+        """Learn which blobs there are; one call, a stat for each of 20,000 takes long."""
+        self._names_of = _facts(self._folder)
+        try:
+            self._names = set(os.listdir(self._folder))
+        except OSError:
+            self._names, self._names_of = set(), None
+
+
+def _facts(path: str) -> _Facts | None:
+    """Return what tells a file or a folder from what it was before, None if it is not there."""
+    try:
+        facts = os.stat(path)
+    except OSError:
+        return None
+    return facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
 
 
 def _size(path: str) -> int | None:

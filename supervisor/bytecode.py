@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from supervisor.errors import SourceError
-from supervisor.manifest import Manifest, Tree
+from supervisor.manifest import Manifest, Tree, difference
 
 _HELPER = Path(__file__).parent / "compiler.py"
 
@@ -242,8 +242,9 @@ class Compiler:
             now: monotonic time.
             again: relative paths of sources whose bytecode was not left as it should be.
         """
-        changed = after.sources.keys() if before is None or sweep else {*before.changes(after), *again}
-        gone = ((before.sources.keys() if before else set()) | set(again)) - after.sources.keys()
+        altered, left = difference(before.sources if before else {}, after.sources)
+        changed = after.sources.keys() if sweep else {*altered, *again}
+        gone = {path for path in (*left, *again) if path not in after.sources}
         problem = None
         directories: list[str] = []
         try:

@@ -256,6 +256,10 @@ class Fleet:
         self._lineages.add(number, child.pid)
         self._take_in(Running(number, manifest, child, time.time(), time.monotonic()))
 
+    def prepare(self) -> None:
+        """Use the time in which it is found out whether a process is to be started."""
+        self._zygote.prepare(str(self._directory or Path.cwd()))
+
     def attest(self, number: int) -> None:
         """Ask for an attestation; a newer request makes an older one's answer void."""
         running = self._running.get(number)

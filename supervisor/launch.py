@@ -228,24 +228,15 @@ def launch(
         OSError: no process could be started.
     """
     if zygote is not None and request.sources:
-        message = frames.encode(start_message(request))
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        ours.setblocking(False)
-        with theirs:
-            pid = zygote.fork(
-                environment=request.environment,
-                directory=str(request.directory or Path.cwd()),
-                sources=request.sources,
-                descriptors=(
-                    theirs.fileno(),
-                    _STDOUT if stdout is None else stdout,
-                    _STDERR if stderr is None else stderr,
-                ),
-                begin=lambda: ours.send(message) == len(message),
-            )
-        if pid is not None:
-            return _child(pid, ours)
-        ours.close()  # Should there be a child after all, it ends with this.
+        forked = zygote.fork(
+            environment=request.environment,
+            directory=str(request.directory or Path.cwd()),
+            sources=request.sources,
+            outputs=(_STDOUT if stdout is None else stdout, _STDERR if stderr is None else stderr),
+            first=start_message(request),
+        )
+        if forked is not None:
+            return _child(*forked)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with theirs:
         pid = execute(theirs.fileno(), request.environment, request.directory, stdout, stderr)

@@ -175,10 +175,9 @@ class Manifest:
     @classmethod
     def of(cls, tree: Tree, sources: Mapping[str, str]) -> Manifest:
         """Return the manifest of ``sources`` in ``tree``, with its digest computed."""
-        summary = hashlib.sha256()
-        for path in sorted(sources):
-            summary.update(f"{path}\0{sources[path]}\n".encode("utf-8", "surrogateescape"))
-        return cls(tree.base, tree.roots, dict(sources), summary.hexdigest(), tree.ignore)
+        lines = "".join([f"{path}\0{sources[path]}\n" for path in sorted(sources)])
+        digest = hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
+        return cls(tree.base, tree.roots, dict(sources), digest, tree.ignore)
 
     def absolute(self, relative: str) -> str:
         """Return the absolute path of a source."""
@@ -186,8 +185,8 @@ class Manifest:
 
     def changes(self, newer: Manifest) -> tuple[str, ...]:
         """Return the relative paths added, removed or altered between this one and ``newer``, sorted."""
-        paths = self.sources.keys() | newer.sources.keys()
-        return tuple(sorted(p for p in paths if self.sources.get(p) != newer.sources.get(p)))
+        altered, gone = difference(self.sources, newer.sources)
+        return tuple(sorted([*altered, *gone]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +204,12 @@ class Snapshot:
     stats: Mapping[str, StatTuple]
     aliased: bool = False
     worktrees: tuple[str, ...] = ()
+
+
+def difference(old: Mapping[str, str], new: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """Return what has to be set and what has to be removed to make one mapping of sources another one."""
+    altered = {path: digest for path, digest in new.items() if old.get(path) != digest}
+    return altered, [path for path in old if path not in new] if old.keys() != new.keys() else []
 
 
 def scan(

@@ -53,9 +53,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from supervisor import processes
+from supervisor.child.zygote import PLACEHOLDERS
 from supervisor.processes import Identity, Process
 
 _PR_SET_CHILD_SUBREAPER = 36
+_NOT_YET = PLACEHOLDERS["WA_GENERATION"].encode()
+"""Stands for a generation's number in what the zygote has forked and nobody has started."""
 _ROUNDS = 20
 """Of one turn: enough for any tree that dies at once; what forks faster than it is killed gets more turns."""
 
@@ -251,8 +254,11 @@ class Lineages:
             return False
         variables = processes.environment(stranger.pid)
         number = variables.get(b"WA_GENERATION", b"")
-        if variables.get(b"NOTIFY_SOCKET") == self._notify_socket and number.isdigit():
-            return int(number) not in {other.number for other in others}
+        if variables.get(b"NOTIFY_SOCKET") == self._notify_socket:
+            if number.isdigit():
+                return int(number) not in {other.number for other in others}
+            if number == _NOT_YET:
+                return False
         return not any(other.main.start_ticks <= stranger.start_ticks for other in others)
 
 

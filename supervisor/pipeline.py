@@ -22,6 +22,7 @@ The main loop calls in; nothing here blocks longer than reading what changed.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
@@ -157,6 +158,12 @@ class Pipeline:
         """Use a moment in which nothing is under way for what would only delay the next reload."""
         if not self.busy:
             self._compiler.prepare()
+
+    def overlap(self) -> None:
+        """Do what a start will need, while the helper still compiles."""
+        if self._build is not None and self.job is not None:
+            with contextlib.suppress(OSError):  # The start meets it again, and tells.
+                self._blobs.put_manifest(self._build.manifest)
 
     # --- watch --------------------------------------------------------------------------------------------
 
@@ -553,8 +560,9 @@ class Pipeline:
 
     def take_prints(self, found: Manifest, report: BytecodeReport) -> None:
         """Keep the prints of a manifest's code."""
-        for path, digest in found.sources.items():
-            if (prints := report.prints.get(found.absolute(path))) is not None:
+        for path, prints in report.prints.items():  # Few, however large the tree is.
+            digest = found.sources.get(self._relative(path))
+            if digest is not None:
                 self.prints[digest] = prints
 
     def knows_prints_of(self, found: Manifest) -> bool:

@@ -288,7 +288,10 @@ class Service:
         if slept > _OVERSLEPT_SECONDS:
             log.warning("the supervisor stood still for %.1f s; nobody's silence counts", slept)
             self._events.appendleft((events.Slept(slept), None))
-        self._pipeline.hint(self._watcher.take(), now)
+        hints = self._watcher.take()
+        self._pipeline.hint(hints, now)
+        if hints and not self._pipeline.paused:
+            self._fleet.prepare()
         doubt = self._watcher.doubt()
         if doubt is not None:
             log.warning("every file is read again: %s", doubt)
@@ -319,6 +322,7 @@ class Service:
         if now >= self._housekeeping_at:
             self._housekeep(now)
         self._zygote.turn(now, idle=self._is_idle, enabled=self._settings.zygote)
+        self._pipeline.overlap()
         if self._changed:
             self._publish(now)
         self._succession.advance(now)
@@ -482,9 +486,9 @@ class Service:
         self._job = job
 
     def _helpers(self) -> Collection[int]:
-        waiting = [self._zygote.pid, *(job.pid for job in self._starter.jobs)]
-        pids = [pid for pid in waiting if pid is not None]
-        return [*pids, *self._pipeline.helpers, *self._dirty.pids, *self._succession.pids]
+        waiting = [job.pid for job in self._starter.jobs if job.pid is not None]
+        others = (self._zygote.pids, self._pipeline.helpers, self._dirty.pids, self._succession.pids)
+        return [*waiting, *(pid for pids in others for pid in pids)]
 
     def _follow_git(self, now: float) -> None:
         """Bring git's facts up to date."""

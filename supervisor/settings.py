@@ -101,7 +101,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     stop_timeout: Annotated[_Seconds, Flag("Seconds from SIGTERM to SIGKILL.", "SECONDS")] = 20.0
     quiet: Annotated[
         _SecondsOrOff | None,
-        Flag("Quiet period in seconds. [default: 0.015, 0.15 for several files]", "SECONDS"),
+        Flag("Quiet period in seconds. [default: 0.01, 0.15 for several files]", "SECONDS"),
     ] = None
     scan_interval: Annotated[_Seconds, Flag("Seconds between looks at the tree.", "SECONDS")] = 2.0
     rehash_interval: Annotated[

@@ -7,6 +7,9 @@ This is the supervisor's end; :mod:`supervisor.child.zygote` runs inside. The ru
   mean another module, another environment or other limits, an answer that does not come in time: None.
 - Facts are taken again *after* the fork was asked for, while it is made, and the child begins when they have
   been found unchanged: it has loaded what a process of its own would have loaded at that moment.
+- A fork takes as long as compiling a file, so it is asked for at the first sign of a change
+  (:meth:`Zygote.prepare`). What is forked then has no code, no number and no output of its own, and waits for
+  them; if nobody needs it, it is ended. It is never kept for later: it would cost the memory of a child.
 - It is never in the way: it is built when nothing is being started, at half speed, and has to fork within
   :data:`FORK_SECONDS`. One that does not is killed, one that died is built again, later each time.
 - The supervisor is parent and only reaper of what is forked, and of the zygote. It is our child, but no
@@ -31,7 +34,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -39,10 +42,17 @@ from typing import Any, Literal
 from supervisor import ends, processes
 from supervisor.child import frames, loaded, pinned
 from supervisor.child.zygote import PLACEHOLDERS
+from supervisor.manifest import difference
 
 log = logging.getLogger("wa-supervisor")
 
 _BOOTSTRAP = Path(__file__).parent / "child" / "bootstrap.py"
+
+FRESH_SECONDS = 0.02
+"""A look at the disk that is older is taken again before a child begins. It takes 1 to 2 milliseconds."""
+
+_AHEAD_SECONDS = 1.0
+"""What was forked longer ago is not used: a process is about as old as its generation, for all who ask."""
 
 FORK_SECONDS = 1.0
 """Longest time that a start waits for the zygote. It takes 2 to 4 milliseconds."""
@@ -56,6 +66,8 @@ _HEALTHY_SECONDS = 60.0
 _MOST_REFUSED = 20
 _MOST_BYTES = 65536
 """Of a message that it is sent while it may be busy."""
+_MOST_CHANGES = 200
+"""Since it was built, that a child is told one by one; of more it reads the whole manifest."""
 _LAST_WORDS_BYTES = 4096
 _STANDS_STILL = "TtZX"
 _GRAIN_NS = 20_000_000
@@ -197,6 +209,27 @@ class _Process:
     doomed: str | None = None
 
 
+@dataclass
+class _Ahead:
+    """A child that was asked for and waits for its first message.
+
+    Attributes:
+        number: of the request.
+        directory: its working directory.
+        channel: our end.
+        asked_at: monotonic time of the request.
+        pid: its process id, as soon as the zygote has said it.
+        checked_at: monotonic time at which nothing had changed below the zygote since it was asked for.
+    """
+
+    number: int
+    directory: str
+    channel: socket.socket
+    asked_at: float
+    pid: int | None = None
+    checked_at: float | None = None
+
+
 class Zygote:
     """The zygote, if there is one. Called from the main loop.
 
@@ -207,6 +240,7 @@ class Zygote:
     def __init__(self, selector: selectors.BaseSelector) -> None:
         self._selector = selector
         self._process: _Process | None = None
+        self._ahead: _Ahead | None = None
         self._plan: Plan | None = None
         self._refused: dict[str, str] = {}
         self._unusable: str | None = None
@@ -219,9 +253,10 @@ class Zygote:
             self._reason = "this platform cannot give away children"
 
     @property
-    def pid(self) -> int | None:
-        """Its process id until it is collected."""
-        return self._process.pid if self._process is not None else None
+    def pids(self) -> Collection[int]:
+        """Its process id until it is collected, and that of a child that nobody has started yet."""
+        ahead = self._ahead.pid if self._ahead is not None else None
+        return [pid for pid in (self._process.pid if self._process else None, ahead) if pid is not None]
 
     @property
     def status(self) -> dict[str, Any]:
@@ -267,25 +302,33 @@ class Zygote:
         if not enabled:
             self._drop("--no-zygote")
             return
+        if idle:
+            self._leave_alone()
         process = self._process
         if process is not None and process.doomed is None:
-            if process.ready is None and now - process.started_at > _BUILD_SECONDS:
-                self._failed(f"it was not built within {_BUILD_SECONDS:g} s")
-            elif process.ready is not None and now - process.ready_at > _HEALTHY_SECONDS:
-                self._failures = 0
-            if idle and process.ready is not None and now >= self._look_at:
-                self._look_at = now + _LOOK_SECONDS
-                stale = _stale(process)
-                if stale is not None:
-                    self._refused.clear()
-                    self._drop(stale)
-                elif _stands_still(process):
-                    self._failed("it stands still")
+            self._follow(process, now, idle=idle)
         if idle and self._process is None and self._possible and now >= self._build_at:
             plan = self._plan
             # The manifest goes when its generation does; the next live one brings its own.
             if plan is not None and self._unusable is None and Path(plan.manifest).exists():
                 self._build(plan, now)
+
+    def _follow(self, process: _Process, now: float, *, idle: bool) -> None:
+        """Notice what has become of it, and of what lies below it."""
+        if process.ready is None:
+            if now - process.started_at > _BUILD_SECONDS:
+                self._failed(f"it was not built within {_BUILD_SECONDS:g} s")
+            return
+        if now - process.ready_at > _HEALTHY_SECONDS:
+            self._failures = 0
+        if self._ahead is not None and self._ahead.checked_at is None:
+            stale = self._check(process, now)  # While others work for the same reload.
+            if stale is not None:
+                log.info("cold start: %s", stale)
+        elif idle and now >= self._look_at:
+            self._look_at = now + _LOOK_SECONDS
+            if self._check(process, now) is None and _stands_still(process):
+                self._failed("it stands still")
 
     def want(self, plan: Plan) -> None:
         """Take what the live generation has loaded; what is there is kept if it will do."""
@@ -311,62 +354,108 @@ class Zygote:
 
     # --- a fork -------------------------------------------------------------------------------------------
 
+    def prepare(self, directory: str) -> None:
+        """Have a child forked that :meth:`fork` will need soon; if there can be none, nothing happens.
+
+        Args:
+            directory: its working directory.
+        """
+        process = self._usable
+        if process is not None and self._ahead is None and not _stands_still(process):
+            self._ask(process, directory)
+
     def fork(
         self,
         *,
         environment: Mapping[str, str],
         directory: str,
         sources: Mapping[str, str],
-        descriptors: tuple[int, int, int],
-        begin: Callable[[], bool],
-    ) -> int | None:
-        """Return the pid of a new child that waits for its first message; None asks for a cold start.
+        outputs: tuple[int, int],
+        first: frames.Frame,
+    ) -> tuple[int, socket.socket] | None:
+        """Return the pid of a new child, and our end of its channel; None asks for a cold start.
 
         Args:
             environment: the child's whole environment.
             directory: its working directory.
             sources: relative path to sha256 of each source of its tree.
-            descriptors: its channel, stdout and stderr.
-            begin: sends the first message and returns whether it is on its way; called when nothing has
-                changed below the zygote.
+            outputs: its stdout and stderr.
+            first: its first message, sent as soon as nothing has changed below the zygote.
         """
-        process = self._process
-        if process is None or process.ready is None or process.doomed is not None:
+        process = self._usable
+        if process is None:
             return None
         reason = _misfit(process, environment, sources)
-        if _stands_still(process):
+        if reason is None and _stands_still(process):
             reason = "it stands still"
         if reason is None:
-            self._ask(process, directory, descriptors)
-            reason = _stale(process)  # While it forks.
-        if reason is None:
-            pid = self._answer(process) if begin() else None
-            if pid is not None:
-                self._forks += 1
-                return pid
-            reason = "it does not answer"
+            now = time.monotonic()
+            ahead = self._child(process, directory, now)
+            if ahead.checked_at is None or now - ahead.checked_at > FRESH_SECONDS:
+                reason = self._check(process, now)
+            if reason is None:
+                first = _with_changes(first, process.plan.sources, sources)
+                if _begin(ahead.channel, frames.encode(first), outputs) and (pid := self._await(ahead)):
+                    self._ahead = None
+                    self._forks += 1
+                    return pid, ahead.channel
+                reason = "it does not answer"
         self._drop(reason)
         log.info("cold start: %s", reason)
         return None
 
-    def _ask(self, process: _Process, directory: str, descriptors: tuple[int, int, int]) -> None:
-        self._numbers += 1
-        request: frames.Frame = {"type": "fork", "number": self._numbers, "directory": directory}
-        with contextlib.suppress(OSError):  # Then there is no answer.
-            socket.send_fds(process.connection, [frames.encode(request)], descriptors)
+    def _child(self, process: _Process, directory: str, now: float) -> _Ahead:
+        """Return the child that was asked for beforehand if it will do, a new one otherwise."""
+        ahead = self._ahead
+        if ahead is not None and ahead.directory == directory and now - ahead.asked_at <= _AHEAD_SECONDS:
+            return ahead
+        self._leave_alone()
+        return self._ask(process, directory)
 
-    def _answer(self, process: _Process) -> int | None:
+    @property
+    def _usable(self) -> _Process | None:
+        process = self._process
+        return process if process is not None and process.ready is not None and not process.doomed else None
+
+    def _ask(self, process: _Process, directory: str) -> _Ahead:
+        self._numbers += 1
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        ours.setblocking(False)
+        self._ahead = _Ahead(self._numbers, directory, ours, time.monotonic())
+        request: frames.Frame = {"type": "fork", "number": self._numbers, "directory": directory}
+        with theirs, contextlib.suppress(OSError):  # Then there is no answer.
+            socket.send_fds(process.connection, [frames.encode(request)], [theirs.fileno()])
+        return self._ahead
+
+    def _check(self, process: _Process, now: float) -> str | None:
+        """Look whether something has changed below the zygote; one that is stale is dropped."""
+        stale = _stale(process)
+        if stale is not None:
+            self._refused.clear()
+            self._drop(stale)
+        elif self._ahead is not None:
+            self._ahead.checked_at = now
+        return stale
+
+    def _await(self, ahead: _Ahead) -> int | None:
+        """Return the pid of a child as soon as the zygote has said it, None if it is no child of ours."""
         deadline = time.monotonic() + FORK_SECONDS
+        process = self._process
         poll = select.poll()
-        poll.register(process.connection, select.POLLIN)
-        while (left := deadline - time.monotonic()) > 0 and poll.poll(left * 1000):
-            for frame in self._receive(process):
-                if frame.get("type") == "forked" and frame.get("number") == self._numbers:
-                    pid = frame.get("pid")
-                    return pid if isinstance(pid, int) and _is_our_child(pid) else None
-            if process.connection not in self._selector.get_map():
-                return None  # It closed its end.
-        return None
+        if process is not None:
+            poll.register(process.connection, select.POLLIN)
+        while ahead.pid is None and self._ahead is ahead and (left := deadline - time.monotonic()) > 0:
+            if poll.poll(left * 1000):
+                self._read()
+            if process is None or process.connection not in self._selector.get_map():
+                break  # It closed its end.
+        return ahead.pid if ahead.pid is not None and _is_our_child(ahead.pid) else None
+
+    def _leave_alone(self) -> None:
+        """End a child that nobody needs: it reads the end of its channel."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead.channel.close()
 
     # --- building -----------------------------------------------------------------------------------------
 
@@ -430,6 +519,10 @@ class Zygote:
             match frame.get("type"):
                 case "ready":
                     self._ready(process, frame)
+                case "forked":
+                    ahead, pid = self._ahead, frame.get("pid")
+                    if ahead is not None and ahead.number == frame.get("number") and isinstance(pid, int):
+                        ahead.pid = pid
                 case "refused":
                     module, why = str(frame.get("module")), str(frame.get("why"))
                     self._refused[module] = why
@@ -479,6 +572,7 @@ class Zygote:
 
     def _drop(self, reason: str) -> None:
         self._reason = reason
+        self._leave_alone()
         process = self._process
         if process is not None and process.doomed is None:
             process.doomed = reason
@@ -497,6 +591,21 @@ class Zygote:
             self._selector.unregister(process.connection)
 
 
+def _begin(channel: socket.socket, message: bytes, outputs: tuple[int, int]) -> bool:
+    """Send a child what it waits for; whether all of it is on its way."""
+    try:
+        return socket.send_fds(channel, [message], outputs) == len(message)
+    except OSError:
+        return False
+
+
+def _with_changes(first: frames.Frame, before: Mapping[str, str], now: Mapping[str, str]) -> frames.Frame:
+    """Return a first message that also says how the tree differs from the zygote's, if that is short."""
+    altered, gone = difference(before, now)
+    short = len(altered) + len(gone) <= _MOST_CHANGES
+    return {**first, "changes": [altered, gone]} if short else first
+
+
 def _unfit(built: Plan, wanted: Plan) -> str | None:
     """Return why the children of a generation could not come from a zygote that was built for another one."""
     if built.environment != wanted.environment:
@@ -513,6 +622,8 @@ def _misfit(process: _Process, environment: Mapping[str, str], sources: Mapping[
     if any(len(os.fsencode(environment.get(name, ""))) > len(room) for name, room in PLACEHOLDERS.items()):
         return "there is no room for the child's environment"
     before = process.plan.sources
+    if sources.keys() == before.keys():
+        return None
     added, removed = sources.keys() - before.keys(), before.keys() - sources.keys()
     if any(path.endswith("__init__.py") for path in added | removed):
         added = set(sources)  # Another directory may be a package now, or none.

@@ -27,6 +27,7 @@ import json
 import linecache
 import os
 import sys
+from collections import ChainMap
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.machinery import (
@@ -39,7 +40,7 @@ from importlib.machinery import (
 )
 from importlib.util import decode_source, spec_from_file_location
 from types import CodeType, ModuleType
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from .ignored import is_ignored
 
@@ -68,6 +69,25 @@ class PinnedSourceError(ImportError):
     """The bytes that this generation was started from are missing or damaged; the module is not executed."""
 
 
+class Names:
+    """What the paths of a tree's sources say without their content.
+
+    Args:
+        sources: relative paths.
+
+    Attributes:
+        directories: relative paths of all directories, the base's is empty.
+        top_level: names of what can be imported from some directory of the tree on ``sys.path``.
+    """
+
+    def __init__(self, sources: Collection[str]) -> None:
+        self.directories = {""}
+        for directory in {path.rpartition("/")[0] for path in sources}:  # Each once: a tree may be large.
+            parts = directory.split("/")
+            self.directories.update("/".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+        self.top_level = top_level_names(sources, sources)
+
+
 class Pins:
     """The manifest as a child sees it, and the record of what was executed from it.
 
@@ -77,6 +97,7 @@ class Pins:
         sources: relative path to sha256 of each source.
         blobs: absolute directory of the blobs.
         ignore: patterns of what is left out of the tree.
+        names: what the paths say, if that is known.
     """
 
     def __init__(
@@ -86,6 +107,8 @@ class Pins:
         sources: Mapping[str, str],
         blobs: str,
         ignore: tuple[str, ...] = (),
+        *,
+        names: Names | None = None,
     ) -> None:
         self.executed: dict[str, str] = {}
         """Relative path to sha256 of every source that was compiled for execution in this process."""
@@ -97,13 +120,11 @@ class Pins:
         self.base = base
         self._blobs = blobs
         self._ignore = ignore
+        self._given_roots = roots
         # A tree may be reached by the name that was given or by the real one behind links.
         self._bases = tuple(dict.fromkeys((base, os.path.realpath(base))))
         self._roots = tuple(dict.fromkeys([*roots, *(os.path.realpath(root) for root in roots)]))
-        self._directories = {""}
-        for directory in {path.rpartition("/")[0] for path in sources}:  # Each once: a tree may be large.
-            parts = directory.split("/")
-            self._directories.update("/".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+        self._names = names or Names(sources)
 
     @classmethod
     def of(cls, manifest: str, blobs: str) -> Pins:
@@ -115,6 +136,21 @@ class Pins:
         with open(manifest, "rb") as file:
             body = json.load(file)
         return cls(body["base"], body["roots"], body["sources"], blobs, tuple(body.get("ignore", ())))
+
+    def changed(self, altered: Mapping[str, str], gone: Collection[str]) -> Pins:
+        """Return the pins of a tree that differs in some sources; takes no longer for a large tree.
+
+        Args:
+            altered: relative path to sha256 of what is new or other than here.
+            gone: relative paths of what is not there.
+        """
+        sources: Mapping[str, str] = ChainMap(dict(altered), cast("dict[str, str]", self.sources))
+        names: Names | None = self._names
+        if gone or any(path not in self.sources for path in altered):
+            left = set(gone)
+            sources = {path: digest for path, digest in sources.items() if path not in left}
+            names = None
+        return Pins(self.base, self._given_roots, sources, self._blobs, self._ignore, names=names)
 
     def relative(self, path: str) -> str | None:
         """Return the manifest's name of an absolute path, or None outside the tree."""
@@ -129,7 +165,7 @@ class Pins:
 
     def top_level_names(self) -> set[str]:
         """Return the names of what can be imported from some directory of the tree on ``sys.path``."""
-        return top_level_names(self.sources, self.sources)
+        return self._names.top_level
 
     def holds_root(self, directory: str) -> bool:
         """Whether a directory lies outside the tree and a root lies directly in it."""
@@ -147,7 +183,7 @@ class Pins:
 
     def has_directory(self, relative: str) -> bool:
         """Whether the manifest has any source below this relative directory."""
-        return relative in self._directories
+        return relative in self._names.directories
 
     def names_in(self, relative: str) -> Iterator[tuple[str, bool]]:
         """Yield (module name, whether it is a package) of what lies directly in a directory of the tree."""

@@ -54,6 +54,8 @@ _PR_SET_PDEATHSIG = 1
 _PARENT_WAIT_SECONDS = 10.0
 _STDERR = 2
 _ORPHAN_GRACE_SECONDS = 3.0
+_CLOSE_ON_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)  # macOS has none.
+_GIVE_WAY_SECONDS = 0.005
 _METRICS_INTERVAL_SECONDS = 1.0
 
 
@@ -81,12 +83,24 @@ class _Channel:
         self._sending = threading.Lock()
         self._early: list[frames.Frame] = []
         self.gate = threading.Event()
+        self.begun = threading.Event()
 
     def start_message(self) -> frames.Frame:
-        """Block for the first frame; end the process if the supervisor is gone before it came."""
-        received = frames.receive(self._connection, self._decoder)
-        if not received:
-            sys.exit(1)
+        """Block for the first frame; end the process if the supervisor is gone before it came.
+
+        With it may come what is to be stdout and stderr, for a child that was forked before it had one.
+        """
+        received: list[frames.Frame] = []
+        outputs: list[int] = []
+        while not received:
+            data, passed, _, _ = socket.recv_fds(self._connection, 65536, 2, _CLOSE_ON_EXEC)
+            if not data:
+                os._exit(1)  # Nothing has begun that could want an end.
+            outputs += passed
+            received = list(self._decoder.feed(data))
+        for number, output in enumerate(outputs, start=1):
+            os.dup2(output, number)
+            os.close(output)
         first, *self._early = received
         return first
 
@@ -155,6 +169,7 @@ class _Channel:
                 self.send(attest.report(pins, live, str(frame.get("nonce")), progress))
             case "go":
                 self.gate.set()
+                self.begun.wait(_GIVE_WAY_SECONDS)  # What is asked next can wait, the application cannot.
             case "modules":
                 compiled = sorted(pins.compiled.copy())
                 self.send({"type": "modules", "modules": _libraries(pins), "compiled": compiled})
@@ -179,7 +194,10 @@ class _Ending:
 
     def say(self) -> None:
         if self.channel is not None:
-            self.channel.send({"type": "ended", "traceless": not traces.are_left(self.channel.connection)})
+            traceless = not traces.are_left(self.channel.connection)
+            self.channel.send({"type": "ended", "traceless": traceless})
+            if traceless:  # The next one begins now, and shall have the processor on which we would end.
+                time.sleep(_GIVE_WAY_SECONDS)
 
 
 def run(descriptor: int, plain_modules: frozenset[str], run_name: str) -> NoReturn:
@@ -195,7 +213,7 @@ def run(descriptor: int, plain_modules: frozenset[str], run_name: str) -> NoRetu
     atexit.register(ending.say)
     channel = _Channel(_socket(descriptor))
     start = channel.start_message()
-    frozen = None
+    frozen = before = None
     if start["type"] == "preload":
         from . import zygote  # noqa: PLC0415 -- a child that is started by itself does without
 
@@ -204,12 +222,15 @@ def run(descriptor: int, plain_modules: frozenset[str], run_name: str) -> NoRetu
         channel = _Channel(_socket(forked.descriptor))
         start = channel.start_message()
         forked.environment.write(start["variables"])
-        frozen = forked.frozen
+        frozen, before = forked.frozen, forked.pins
     ending.channel = channel
     _die_with(int(start["supervisor_pid"]), channel.connection)
     if not faulthandler.is_enabled():
         faulthandler.enable(file=_STDERR, all_threads=True)
-    pins = pinned.Pins.of(start["manifest"], start["blobs"])
+    if before is not None and "changes" in start:
+        pins = before.changed(*start["changes"])
+    else:
+        pins = pinned.Pins.of(start["manifest"], start["blobs"])
     pinned.install(pins, plain_modules)
     spawned.install(start["manifest"], start["blobs"], run_name)
     main = ModuleType("__main__")
@@ -234,6 +255,7 @@ def _live(
     channel.send({"type": "imported"})
     channel.gate.wait()
     progress.began_at = time.monotonic()
+    channel.begun.set()
     return application.run()
 
 

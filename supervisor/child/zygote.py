@@ -65,7 +65,6 @@ _ENV_START, _ENV_END = 47, 48
 """Fields 50 and 51 of ``/proc/PID/stat``, counted from the one after the name."""
 _SHARED = (b"rw-s", b"-w-s", b"rwxs")
 """How ``/proc/PID/maps`` marks memory that a fork shares and both can write."""
-_DESCRIPTORS = 3
 _LONGEST_REST_SECONDS = 0.5
 _MOST_BYTES = 131072
 """Of a source that is compiled between two requests: about a third of a second."""
@@ -114,11 +113,13 @@ class Forked:
         descriptor: of its channel.
         environment: for what differs from child to child.
         frozen: functions of its libraries.
+        pins: of the tree that the zygote was built for.
     """
 
     descriptor: int
     environment: Block
     frozen: functions.Frozen
+    pins: pinned.Pins
 
 
 def serve(
@@ -158,7 +159,7 @@ def _serve(
     gc.freeze()
     connection.sendall(frames.encode(_ready(first, pins, plain_modules)))
     while True:
-        data, descriptors, _, _ = socket.recv_fds(connection, 65536, _DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
+        data, descriptors, _, _ = socket.recv_fds(connection, 65536, 1, socket.MSG_CMSG_CLOEXEC)
         if not data:
             os._exit(0)
         for request in decoder.feed(data):
@@ -169,8 +170,8 @@ def _serve(
             pid = _fork(request)
             if pid == 0:
                 connection.close()
-                _begin(descriptors, called, seedless)
-                return Forked(descriptors[0], block, frozen)
+                _begin(called, seedless)
+                return Forked(descriptors[0], block, frozen, pins)
             connection.sendall(frames.encode({"type": "forked", "number": request["number"], "pid": pid}))
         for descriptor in descriptors:
             os.close(descriptor)
@@ -240,14 +241,9 @@ def _fork(request: frames.Frame) -> int | None:
     return int(pid) if pid else None
 
 
-def _begin(descriptors: list[int], name: bytes, seedless: list[random.Random]) -> None:
+def _begin(name: bytes, seedless: list[random.Random]) -> None:
     """Become in the forked child what a process of its own would be."""
     _rename(name)
-    _, stdout, stderr = descriptors
-    os.dup2(stdout, 1)
-    os.dup2(stderr, 2)
-    os.close(stdout)
-    os.close(stderr)
     for generator in seedless:
         generator.seed()
     processes: Any = sys.modules.get("multiprocessing.process")

@@ -78,6 +78,20 @@ def test_blob_that_is_there_is_not_written_again(store: BlobStore) -> None:
     assert (store.blobs / digest).stat().st_ino == inode
 
 
+def test_store_knows_which_blobs_are_there_whoever_puts_them_and_takes_them_away(store: BlobStore) -> None:
+    a, b = store.put(b"A"), store.put(b"B")
+    assert store.holds(manifest_of(a=a, b=b))
+    c = store.put(b"C")
+    assert store.holds(manifest_of(a=a, c=c))
+    (store.blobs / a).unlink()
+    assert not store.holds(manifest_of(a=a, c=c))
+    BlobStore(store.blobs.parent).put(b"A")
+    assert store.holds(manifest_of(a=a, c=c))
+    store.collect([manifest_of(a=a)])
+    assert store.holds(manifest_of(a=a))
+    assert not store.holds(manifest_of(a=a, b=b))
+
+
 def test_manifest_is_kept_for_children_and_repaired(store: BlobStore) -> None:
     manifest = manifest_of(a="1")
     path = store.put_manifest(manifest)

@@ -27,9 +27,9 @@ def test_one_finished_file_is_looked_at_at_once_and_hands_over_after_the_short_q
     one.sign("a.py", 1.0, finished=True)
     assert one.may_look_ahead
     assert one.due_at(None) == 1.0
-    assert one.calm_at(None) == pytest.approx(1.015)
+    assert one.calm_at(None) == pytest.approx(1.01)
     one.looked_ahead = True
-    assert one.due_at(None) == pytest.approx(1.015), "it is looked at ahead once"
+    assert one.due_at(None) == pytest.approx(1.01), "it is looked at ahead once"
 
 
 def test_second_path_takes_the_early_look_away_and_makes_the_quiet_period_longer() -> None:

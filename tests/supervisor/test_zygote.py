@@ -316,6 +316,43 @@ def test_zygote_that_fails_between_requests_is_replaced(bench: Bench, how: signa
     assert bench.zygote["forks"] == 1
 
 
+def test_child_that_was_forked_ahead_and_is_not_needed_ends(bench: Bench) -> None:
+    started = bench.start()
+    started.expect("running 1 old")
+    bench.ready()
+    ours = psutil.Process(started.process.pid)
+
+    def programs() -> int:  # The compile helper is another program.
+        return sum("bootstrap.py" in " ".join(child.cmdline()) for child in ours.children())
+
+    (bench.tree / "answer.py").touch()
+    started.expect("unchanged")
+    (bench.tree / "answer.py").write_text("VALUE = (\n", encoding="utf-8")
+    started.expect("rejected")
+    until(lambda: programs() == len(("live", "zygote")))
+    assert bench.zygote["forks"] == 0
+    bench.answer(2)
+    started.expect("running 2 old")
+    assert bench.zygote["forks"] == 1
+
+
+def test_forked_child_has_the_tree_of_its_generation_and_not_that_of_the_zygote(bench: Bench) -> None:
+    (bench.tree / "left.py").write_text("VALUE = 1\n", encoding="utf-8")
+    started = bench.start()
+    started.expect("running 1 old")
+    bench.ready()
+    for number, made in enumerate((3, 300), start=2):  # So many are no longer told one by one.
+        for name in range(made):
+            (bench.tree / f"made{name}.py").write_text(f"VALUE = {name}\n", encoding="utf-8")
+        (bench.tree / "left.py").unlink(missing_ok=True)
+        looks = "import importlib.util\nLEFT = importlib.util.find_spec('left')\n"
+        text = f"{looks}from made{made - 1} import VALUE as LAST\nVALUE = LEFT, LAST, {number}\n"
+        (bench.tree / "answer.py").write_text(text, encoding="utf-8")
+        started.expect(rf"running \(None, {made - 1}, {number}\) old")
+        started.expect("reload .*: live")
+    assert bench.zygote["forks"] == 2
+
+
 SIDE_EFFECTS = {
     "it starts a thread": "import threading, time\n"
     "threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()\n",
@@ -475,5 +512,5 @@ def test_supervisor_is_not_held_up_for_long_by_a_zygote_that_stands_still(
     overtaken("SIGSTOP")
     began = time.monotonic()
     bench.answer(2)
-    bench.started.expect("cold start: it does not answer")
+    bench.started.expect("cold start: it (stands still|does not answer)")
     measured(f"a zygote that stands still was given up after {time.monotonic() - began:.2f} s")
