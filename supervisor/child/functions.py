@@ -80,13 +80,15 @@ class Functions:
         seen: set[int] = set()
         if gently:  # The long call shall not come at the end of a slice.
             time.sleep(_GIVE_WAY_SECONDS)
+        paths, unknown = self._paths, object()
         for function in self._functions():
             code = function.__code__
-            if id(code) in seen:
+            # Nearly all are libraries', of a file that was met before: one look for each of those.
+            if paths.get(code.co_filename, unknown) is None or id(code) in seen:
                 continue
-            seen.add(id(code))
             path = self._path(code)
             if path is not None:
+                seen.add(id(code))
                 found.setdefault(path, {})[self._print(code)] = code.co_qualname
         # Code that no function runs any more needs no print.
         self._prints = {key: kept for key, kept in self._prints.items() if key in seen}
@@ -114,9 +116,7 @@ class Functions:
         return sorted(foreign)
 
     def _functions(self) -> Iterator[FunctionType]:
-        for candidate in gc.get_objects():
-            if type(candidate) is FunctionType:
-                yield candidate
+        yield from [candidate for candidate in gc.get_objects() if type(candidate) is FunctionType]
         for _, module in self._modules():
             for _, function in _bindings(module):
                 yield function
