@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 import difflib
+import itertools
 from typing import Any
 
 from rich.console import Console
@@ -16,6 +17,8 @@ from rich.table import Table
 
 _SHORT_DIGEST = 12
 _SHOWN_PATHS = 3
+_TIMELINE_CELLS = 40
+_STAGE_COLOURS = ("cyan", "blue", "magenta", "green", "yellow", "red")
 
 
 def print_status(document: dict[str, Any]) -> None:
@@ -65,14 +68,17 @@ def print_verify(document: dict[str, Any]) -> None:
 
 
 def print_history(records: list[dict[str, Any]]) -> None:
-    """Print the document of ``history``: a row for each record, in the order given."""
-    table = Table(box=None, pad_edge=False)
-    for heading in ("time", "what", "trigger", "outcome", "generation", "tree", "ms", "detail"):
-        right = heading in {"generation", "ms"}
-        table.add_column(heading, justify="right" if right else "left", no_wrap=heading != "detail")
-    table.columns[-1].overflow = "fold"
+    """Print the document of ``history``, in the order given: each reload with a small timeline."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for record in records:
-        table.add_row(*(_printable(cell) for cell in _history_cells(record)))
+        at = dt.datetime.fromisoformat(record["at"]).astimezone()
+        told = [_history_sentence(record), *([record["detail"]] if record["detail"] else [])]
+        lines = [_printable(line) for line in told]
+        if record["total_seconds"] is not None:
+            lines.append(_timeline(record["stages"], record["total_seconds"]))
+        table.add_row(f"{at:%Y-%m-%d %H:%M:%S}", "\n".join(lines))
     Console(highlight=False).print(table if records else "nothing has been recorded yet")
 
 
@@ -88,20 +94,30 @@ def print_diff(document: dict[str, Any]) -> None:
             print(line.rstrip("\r\n"))
 
 
-def _history_cells(record: dict[str, Any]) -> tuple[str, ...]:
-    at = dt.datetime.fromisoformat(record["at"]).astimezone()
+def _history_sentence(record: dict[str, Any]) -> str:
+    parts = [f"{record['kind']} by {record['trigger']}" if record["trigger"] else record["kind"]]
     outcome = record["outcome"] or ""
-    seconds = record["total_seconds"]
-    return (
-        f"{at:%Y-%m-%d %H:%M:%S}",
-        record["kind"],
-        record["trigger"] or "",
-        f"{outcome} ({record['reason']})" if record["reason"] else outcome,
-        str(record["generation"] or ""),
-        (record["tree"] or "")[:_SHORT_DIGEST],
-        "" if seconds is None else f"{seconds * 1000:.0f}",
-        record["detail"] or "",
-    )
+    parts.append(f"{outcome} ({record['reason']})" if record["reason"] else outcome)
+    if record["generation"]:
+        parts.append(f"generation {record['generation']}")
+    if record["tree"]:
+        parts.append(f"tree {record['tree'][:_SHORT_DIGEST]}")
+    if record["paths_total"]:
+        more = ", ..." if record["paths_total"] > _SHOWN_PATHS else ""
+        parts.append(f"{record['paths_total']} changed: {', '.join(record['paths'][:_SHOWN_PATHS])}{more}")
+    return ", ".join(part for part in parts if part)
+
+
+def _timeline(stages: dict[str, float], total_seconds: float) -> str:
+    """Return where the time of a reload went: for each stage its share of a line, in its first letter."""
+    line, done, cells = "", 0.0, 0
+    for (stage, seconds), colour in zip(stages.items(), itertools.cycle(_STAGE_COLOURS)):
+        done += seconds
+        end = round(_TIMELINE_CELLS * done / max(total_seconds, done, 1e-9))
+        line += f"[{colour}]{stage[0] * (end - cells)}[/]" if end > cells else ""
+        cells = end
+    shares = ", ".join(f"{stage} {seconds * 1000:.1f}" for stage, seconds in stages.items())
+    return f"{line}{'.' * (_TIMELINE_CELLS - cells)} {total_seconds * 1000:.0f} ms\n{shares}".rstrip()
 
 
 def _printable(text: str) -> str:

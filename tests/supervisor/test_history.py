@@ -464,21 +464,23 @@ def printed(
     return capsys.readouterr().out
 
 
-def test_table_says_when_what_and_why(
+def test_people_read_when_what_why_and_where_the_time_went(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TZ", "UTC")
     asked = Record(
         kind="operator", at="2026-01-02T03:04:05.678+00:00", trigger="cli", outcome="paused", uid=0
     )
-    lines = printed([CRASH, RELOAD, asked], capsys, monkeypatch).splitlines()
-    assert lines[0].split() == ["time", "what", "trigger", "outcome", "generation", "tree", "ms", "detail"]
-    assert re.search(r"restart +crash +live \(crash\) +3 +ended by SIGSEGV", lines[1])
-    assert re.search(r"reload +watch +live +2 +aaaaaaaaaaaa +43", lines[2])
-    assert re.search(r"^2026-01-02 \d\d:\d\d:05 +operator +cli +paused", lines[3])
+    lines = [line.rstrip() for line in printed([CRASH, RELOAD, asked], capsys, monkeypatch).splitlines()]
+    assert re.search(r":\d\d +restart by crash, live \(crash\), generation 3$", lines[0])
+    assert lines[1].strip() == "ended by SIGSEGV"
+    assert re.search(r"reload by watch, live, generation 2, tree aaaaaaaaaaaa, 2 changed: modules/", lines[2])
+    assert lines[3].strip() == "s" * 14 + "c" * 7 + "." * 19 + " 43 ms"
+    assert lines[4].strip() == "settle 15.0, compile 7.1"
+    assert re.search(r"^2026-01-02 \d\d:\d\d:05 +operator by cli, paused$", lines[5])
 
 
-def test_table_shows_brackets_and_what_no_terminal_should_get(
+def test_history_shows_brackets_and_what_no_terminal_should_get(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     odd = replace(CRASH, detail="[red]x[/] \x1b[2J \udcff")
