@@ -21,6 +21,7 @@ comparing timestamps as text (offsets differ within one column), paging by messa
 
 import os
 import sqlite3
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -44,6 +45,9 @@ WHATSAPP_DB = "whatsapp.db"
 LOOK_BACK_ROWS = 500
 _PAGE_ROWS = 2000
 BUSY_TIMEOUT_SECONDS = 2.0
+# SQLite's own waiting grows to a tenth of a second, and misses the short gaps of a bridge that writes one
+# message after the other.
+_RETRY_SECONDS = 0.002
 
 _COLUMNS = ("id", "chat_jid", "sender", "content", "timestamp", "is_from_me")
 _SELECT = f"SELECT rowid, {', '.join(_COLUMNS)} FROM messages"  # noqa: S608 -- constants of this module
@@ -185,11 +189,15 @@ class _ReadOnlyFile:
         """Run one statement to its end and return all rows."""
         if self._connection is None:
             raise BridgeError(f"{self._path} is not open")
-        try:
-            with closing(self._connection.execute(statement, parameters)) as cursor:
-                return cursor.fetchall()
-        except sqlite3.Error as error:
-            raise _explained(error, self._path) from error
+        until_seconds = time.monotonic() + BUSY_TIMEOUT_SECONDS
+        while True:
+            try:
+                with closing(self._connection.execute(statement, parameters)) as cursor:
+                    return cursor.fetchall()
+            except sqlite3.Error as error:
+                if not _is_locked(error) or time.monotonic() > until_seconds:
+                    raise _explained(error, self._path) from error
+            time.sleep(_RETRY_SECONDS)
 
     def close(self) -> None:
         """Close the connection, if there is one."""
@@ -204,7 +212,7 @@ class _ReadOnlyFile:
             connection = sqlite3.connect(
                 f"file:{quote(str(self._path.absolute()))}?mode=ro",
                 uri=True,
-                timeout=BUSY_TIMEOUT_SECONDS,
+                timeout=0,
                 isolation_level=None,
             )
         except sqlite3.Error as error:
@@ -232,10 +240,14 @@ class _ReadOnlyFile:
                 )
 
 
+def _is_locked(error: sqlite3.Error) -> bool:
+    return getattr(error, "sqlite_errorcode", 0) & _PRIMARY_CODE_MASK in _LOCKED
+
+
 def _explained(error: sqlite3.Error, path: Path) -> BridgeError:
     """Put SQLite's error into a sentence of the right class."""
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & _PRIMARY_CODE_MASK
-    if code in _LOCKED:
+    if _is_locked(error):
         return BridgeBusyError(
             f"{path} was locked for more than {BUSY_TIMEOUT_SECONDS:.0f} s; reading is tried again"
         )
