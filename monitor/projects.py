@@ -61,7 +61,7 @@ class _Loader(yaml.SafeLoader):
     with whatever the conversion raises.
     """
 
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:  # noqa: FBT001, FBT002 -- PyYAML's
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:  # noqa: ANN401 -- PyYAML's
         try:
             return super().construct_object(node, deep)
         except (ValueError, LookupError, AttributeError, TypeError) as error:
@@ -69,7 +69,7 @@ class _Loader(yaml.SafeLoader):
                 None, None, f"{node.value!r} cannot be read as {node.tag.rpartition(':')[2]}", node.start_mark
             ) from error
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:  # noqa: FBT001, FBT002 -- PyYAML's
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):

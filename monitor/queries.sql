@@ -269,6 +269,10 @@ WHERE source = %(source)s AND chat_jid = %(chat_jid)s AND message_key = %(key)s 
 DELETE FROM wa_monitor.pending
 WHERE source = %(source)s AND chat_jid = %(chat_jid)s AND message_key = %(key)s AND drop_number = %(number)s
 
+-- name: mappings
+-- Every mapping that the bridge ever showed.
+SELECT lid, phone FROM wa_monitor.lid_seen
+
 -- name: mappings_seen
 -- Every LID that the bridge ever showed, and its phone if there was never another.
 SELECT lid, CASE WHEN count(*) = 1 THEN min(phone) END FROM wa_monitor.lid_seen GROUP BY lid

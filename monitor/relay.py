@@ -382,7 +382,9 @@ class _Writer:
         self._place = seen.place
         self._since = seen.since
         self._since_rowid = seen.since_rowid
-        self._known: Known | None = None
+        self._read: Known | None = None
+        """What the bridge's map was when it was last learnt; `_known` holds what it was before as well."""
+        self._known = Known()
         self._newest = datetime.min.replace(tzinfo=UTC)
         self._in_episode = False
         self._renewal = _Due(settings.lease_seconds / _RENEWALS_PER_LEASE)
@@ -411,7 +413,7 @@ class _Writer:
         What was refused may have been the table's fault, or a former version's.
         """
         ids = self._store.dead_letters()
-        known = self._bridge.known()
+        known = self._learnt()
         for first in range(0, len(ids), BATCH_MESSAGES):
             found = self._bridge.find(ids[first : first + BATCH_MESSAGES])
             rows = [row for row in found if row.rowid <= self._place.rowid]
@@ -421,9 +423,7 @@ class _Writer:
 
     def turn(self) -> bool:
         """Do everything that there is to do once; return whether there was a batch: more may follow."""
-        known = self._bridge.known()
-        if known is not self._known:
-            self._learn(known)
+        known = self._learnt()
         page = self._bridge.read_after(self._place, BATCH_MESSAGES)
         if page.rescan_from is not None:
             log.warning("The bridge's file is not what it was, reading again from row %d", page.rescan_from)
@@ -449,9 +449,16 @@ class _Writer:
         self._store.rewind(self._place, place, self._since_rowid)
         self._place = place
 
-    def _learn(self, known: Known) -> None:
+    def _learnt(self) -> Known:
+        """Return what is known of identities; new mappings are dealt with first."""
+        read = self._bridge.known()
+        if read is not self._read:
+            self._learn(read)
+        return self._known
+
+    def _learn(self, read: Known) -> None:
         """Log new mappings, and complete the drops whose sender they name."""
-        self._store.remember(known)
+        known = read.with_history(self._store.remember(read))
         found = [
             (drop, phone)
             for drop in self._store.pending()
@@ -467,7 +474,7 @@ class _Writer:
                     log.info(
                         "Resolved LID %s -> %s for %s", one.drop.sender, one.phone.digits, one.drop.number
                     )
-        self._known = known
+        self._read, self._known = read, known
 
     def _store_page(self, page: Page, known: Known) -> None:
         """Decide and store one batch."""

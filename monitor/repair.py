@@ -116,7 +116,8 @@ def undo(database: Database, run_id: str) -> Undone:
 
 
 def _phones(database: Database, known: Known) -> dict[str, str]:
-    return {lid: phone for lid, phone in lids_of(database, known).items() if phone is not None}
+    lids = lids_of(database, known)
+    return {lid: phone for lid, phone in lids.items() if phone is not None and phone not in lids}
 
 
 def _find(

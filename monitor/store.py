@@ -158,6 +158,8 @@ class Store:
         self._check_table = check_table
         self._handled_until = handled_until or {}
         self._zone = business_zone
+        self._seen: set[tuple[str, str]] = set()
+        """LIDs and phones that are in the log of mappings."""
         self.projects = projects
 
     def write(self, start: Place, decided: Sequence[Decided], end: Place, known: Known) -> Written:
@@ -220,12 +222,16 @@ class Store:
             self._database.run("set_totals", {**self._held.key, "totals": Jsonb(totals.to_json())})
         return completed, totals
 
-    def remember(self, known: Known) -> None:
-        """Log mappings that were not seen before: the bridge's own map forgets."""
+    def remember(self, known: Known) -> Collection[tuple[str, str]]:
+        """Log mappings that were not seen before and return all: the bridge's own map forgets."""
         with self._database.patient_transaction():
-            self._database.run(
-                "remember_mappings", {"lids": list(known.phone_of), "phones": list(known.phone_of.values())}
-            )
+            seen = self._seen or set(self._database.rows("mappings"))
+            new = sorted(known.phone_of.items() - seen)
+            if new:
+                lids, phones = zip(*new, strict=True)
+                self._database.run("remember_mappings", {"lids": list(lids), "phones": list(phones)})
+        self._seen = seen.union(new)
+        return self._seen
 
     def renew(self) -> None:
         """Show a sign of life between batches."""
@@ -510,7 +516,7 @@ class Store:
 
     @staticmethod
     def _judge(row: Sequence[str | None], known: Known) -> Judgement:
-        return judge(*row, lids=known.phone_of, phones=known.lid_of)
+        return judge(*row, lids=known.lids, phones=known.lid_of)
 
     def _local(self, instant: datetime) -> str:
         return f"{instant.astimezone(self._zone):%Y-%m-%d %H:%M %Z}"
@@ -548,7 +554,7 @@ def _judged(
 ) -> StoredDrop:
     """Judge a row by what it holds after the write: its id and its two sender columns."""
     review_id, submitted_by, user_name = row
-    judgement = judge(submitted_by, user_name, lids=known.phone_of, phones=known.lid_of)
+    judgement = judge(submitted_by, user_name, lids=known.lids, phones=known.lid_of)
     return StoredDrop(
         drop.message, drop.number, drop.project, drop.sender, kind, review_id, submitted_by, judgement
     )
