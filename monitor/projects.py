@@ -203,8 +203,7 @@ def _check(projects: Sequence[Project], content: bytes, path: Path) -> None:
             fault = f"the name {project.name!r} is used twice"
         elif not _GROUP.fullmatch(project.group_jid):
             fault = (
-                f"projects[{index}].group_jid: {project.group_jid!r} is no group;"
-                " write it as 120363000000000001@g.us"
+                f"projects[{index}].group_jid: {project.group_jid!r} is no group; write its digits and @g.us"
             )
         elif not _is_name(project.name) or not _is_name(project.drop_space):
             fault = f"projects[{index}]: name and drop_space need a letter and no control characters"
