@@ -27,6 +27,9 @@ from monitor.settings import DatabaseUrl
 # A serverless database needs up to five seconds to wake; the watchdog's default is fifteen.
 _CONNECT_TIMEOUT_SECONDS = 10
 _KEEPALIVE_SECONDS = 5
+_KEEPALIVES = 2
+# A host that is gone without a word: the kernel alone would wait for a quarter of an hour.
+_ANSWER_MILLISECONDS = 15_000
 _NAME = "-- name: "
 _MAX_PORT = 65535
 # What libpq says of an option before it connects anywhere, by its text: it has no codes for that.
@@ -219,6 +222,8 @@ def _parameters(url: DatabaseUrl) -> dict[str, Any]:
     parameters.setdefault("application_name", "wa-monitor")
     parameters.setdefault("keepalives_idle", _KEEPALIVE_SECONDS)
     parameters.setdefault("keepalives_interval", _KEEPALIVE_SECONDS)
+    parameters.setdefault("keepalives_count", _KEEPALIVES)
+    parameters.setdefault("tcp_user_timeout", _ANSWER_MILLISECONDS)
     parameters["client_encoding"] = "utf8"
     return parameters
 

@@ -21,7 +21,8 @@ from pathlib import Path
 
 from monitor.errors import ConfigError
 
-_NUMBER = re.compile(r"(?<![0-9A-Za-z])[0-9]{9,}(?![0-9])", re.ASCII)
+# Digits of any script: a person's number in full-width digits is still one.
+_NUMBER = re.compile(r"(?<![0-9A-Za-z])\d{9,}")
 _SHOWN_FIRST = 2
 _SHOWN_LAST = 3
 
