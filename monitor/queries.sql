@@ -324,11 +324,14 @@ WHERE source = %(source)s AND sent_at BETWEEN %(now)s::timestamptz - interval '2
 SELECT count(*) FROM wa_monitor.repair
 
 -- name: lid_rows
--- The rows that hold a LID which the map can resolve, of messages sent since then.
+-- The rows that hold a LID which the map can resolve, of messages sent since then; if asked for, also those that hold the
+-- full address of a phone.
 SELECT id::text, drop_number::text, coalesce(project, '')::text, submitted_by::text, user_name::text
 FROM public.qa_photo_reviews AS review
 WHERE (btrim(substring(submitted_by FROM '^\s*[+]?([^@:.]*)')) IN (SELECT unnest(%(lids)s::text[]))
-       OR btrim(substring(user_name FROM '^\s*[+]?([^@:.]*)')) IN (SELECT unnest(%(lids)s::text[])))
+       OR btrim(substring(user_name FROM '^\s*[+]?([^@:.]*)')) IN (SELECT unnest(%(lids)s::text[]))
+       OR %(addresses)s::boolean AND (submitted_by ~* '@(s[.]whatsapp[.]net|c[.]us|hosted)\s*$'
+                                      OR user_name ~* '@(s[.]whatsapp[.]net|c[.]us|hosted)\s*$'))
   AND (%(since)s::timestamptz IS NULL OR coalesce(whatsapp_message_date, created_at) >= %(since)s::timestamptz)
 
 -- name: rows_put_back
