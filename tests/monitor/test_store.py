@@ -25,10 +25,9 @@ from monitor.identity import Known, Phone, parse_jid
 from monitor.messages import Place
 from monitor.metrics import MonitorMetrics
 from monitor.notify import Notifier
-from monitor.projects import ProjectsFile, load_projects
-from monitor.relay import Relay, Stop
+from monitor.projects import load_projects
 from monitor.schema import check_reviews, prepare
-from monitor.settings import DatabaseUrl, Settings
+from monitor.settings import DatabaseUrl
 from monitor.store import Store
 from monitor.totals import Totals
 
@@ -409,31 +408,17 @@ def test_fault_in_the_decision_is_seen_in_the_rows_and_asks_the_supervisor_once(
 
 
 def test_every_scan_that_stores_a_lid_asks_the_supervisor_though_older_ones_stand(
-    bridge: SyntheticBridge, settings: Settings, monkeypatch: pytest.MonkeyPatch, eventually: Any
+    bridge: SyntheticBridge, relay_running: Any, monkeypatch: pytest.MonkeyPatch, eventually: Any
 ) -> None:
     asked: list[str] = []
     monkeypatch.setattr("monitor.decision.identify", _everything_is_a_phone)
     monkeypatch.setattr("monitor.relay._ALARM_SECONDS", 0.0)
     monkeypatch.setattr(Notifier, "suspect", lambda _, why: asked.append(why))
     bridge.map_lid(LID, PHONE)
-    assert settings.projects is not None
-    with closing(Stop()) as stop, closing(Notifier()) as notifier:
-        relay = Relay(
-            replace(settings, once=False, auto_repair_seconds=0),
-            ProjectsFile(settings.projects),
-            notifier=notifier,
-            metrics=MonitorMetrics(),
-            stop=stop,
-        )
-        thread = threading.Thread(target=relay.run)
-        thread.start()
-        try:
-            for number in range(1, 4):
-                _post(bridge, number, LID)
-                eventually(lambda number=number: len(asked) == number)
-        finally:
-            stop.request()
-            thread.join()
+    with relay_running(auto_repair_seconds=0):
+        for number in range(1, 4):
+            _post(bridge, number, LID)
+            eventually(lambda number=number: len(asked) == number)
     assert set(asked) == {"lid-regression"}
 
 
