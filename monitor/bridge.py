@@ -56,7 +56,7 @@ _PAGE_ROWS = 2000
 BUSY_TIMEOUT_SECONDS = 2.0
 # SQLite's own waiting grows to a tenth of a second, and misses the short gaps of a bridge that writes one
 # message after the other.
-_RETRY_SECONDS = 0.002
+_RETRY_SECONDS = 0.0005
 
 _COLUMNS = ("id", "chat_jid", "sender", "content", "timestamp", "is_from_me")
 _SELECT = f"SELECT rowid, {', '.join(_COLUMNS)} FROM messages"  # noqa: S608 -- constants of this module
