@@ -183,16 +183,26 @@ def _with_arrays(parameters: Parameters) -> dict[str, object]:
     return {name: _array(value) if isinstance(value, list) else value for name, value in parameters.items()}
 
 
-def _array(values: list[object]) -> str:
-    return "{" + ",".join(map(_element, values)) + "}"
+def _array(values: list[Any]) -> str:
+    try:
+        joined = "\0".join(values)
+    except TypeError:  # not all of them are texts
+        return "{" + ",".join(map(_element, values)) + "}"
+    if joined.count("\0") != len(values) - 1:  # none, or one that PostgreSQL is to refuse
+        return "{" + ",".join(map(_element, values)) + "}"
+    return '{"' + _escaped(joined).replace("\0", '","') + '"}'
 
 
 def _element(value: object) -> str:
     if isinstance(value, str):
-        return '"' + value.replace("\\", r"\\").replace('"', r"\"") + '"'
+        return f'"{_escaped(value)}"'
     if value is None:
         return "NULL"
     return f'"{value}"'  # dates and times as ISO texts, numbers
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", r"\\").replace('"', r"\"")
 
 
 def _reason_of(error: psycopg.Error) -> str:

@@ -43,7 +43,7 @@ from monitor.decision import Decider
 from monitor.errors import ConfigError, MonitorError, StoreError, StoreRefusedError
 from monitor.identity import Known, Phone
 from monitor.ledger import Beginning
-from monitor.logs import log
+from monitor.logs import log, together
 from monitor.messages import Message, Place, Unreadable
 from monitor.metrics import MonitorMetrics
 from monitor.notify import Notifier
@@ -489,8 +489,9 @@ class _Writer:
         self._renewal.done()
         self._metrics.update(totals=written.totals)
         self._metrics.count_batch(time.monotonic() - began_seconds)
-        for drop in written.stored:
-            self._log_drop(drop)
+        with together():
+            for drop in written.stored:
+                self._log_drop(drop)
         for (chat_jid, key), reason in written.dead.items():
             self._metrics.count_error(StoreRefusedError.label)
             log.error("Dead letter: message %s in %s: %s", key, chat_jid, reason)

@@ -264,15 +264,19 @@ def test_incident_17_every_fault_shows_where_an_alert_looks_and_is_gone_with_its
     with relay_running() as metrics:
         for number, (component, break_it, mend_it) in enumerate(faults):
             _post(bridge, number)
-            eventually(lambda count=number: _holds(rows, count + 1))
+            eventually(partial(_holds, rows, number + 1))
             assert _broken(metrics) == set()
             break_it()
             if component == "table":
                 _post(bridge, 99)
-            eventually(lambda component=component: _broken(metrics) == {component})
+            eventually(partial(_breaks, metrics, component))
             mend_it()
             eventually(lambda: _broken(metrics) == set())
         eventually(lambda: _holds(rows, 4))
+
+
+def _breaks(metrics: MonitorMetrics, component: str) -> bool:
+    return _broken(metrics) == {component}
 
 
 def _broken(metrics: MonitorMetrics) -> set[str]:

@@ -20,7 +20,7 @@ from monitor.cursor import Owner
 from monitor.database import Database, connect
 from monitor.demo.bridge import NORTHFIELD, SyntheticBridge
 from monitor.embedded import EmbeddedPostgres
-from monitor.errors import ConfigError, CursorLostError, StoreError, StoreUnavailableError
+from monitor.errors import ConfigError, CursorLostError, StoreError, StoreRefusedError, StoreUnavailableError
 from monitor.identity import Known, Phone, parse_jid
 from monitor.messages import Place
 from monitor.metrics import MonitorMetrics
@@ -362,6 +362,22 @@ def test_standby_says_that_a_session_of_an_ended_process_keeps_the_row_locked(
         first.process.kill()
         second.await_message("has ended or gave up, but the cursor row is still locked")
     second.await_message("writing, epoch 2")
+
+
+# what the driver is not left to do
+
+
+@pytest.mark.parametrize("values", [["", "NULL", '"', "\\", "{}", "a,b", "x\ny", "\u2603"], ["one"], []])
+def test_any_texts_come_back_as_they_were_given(database: Database, rows: Rows, values: list[str]) -> None:
+    asked = {"lids": values, "phones": [str(number) for number in range(len(values))]}
+    database.run("remember_mappings", asked)
+    assert rows("SELECT lid FROM wa_monitor.lid_seen ORDER BY phone::int") == [(value,) for value in values]
+
+
+@pytest.mark.parametrize("values", [["a\0b"], ["a\0b", "c"], ["\0"]])
+def test_text_with_a_nul_byte_is_refused_and_never_two_texts(database: Database, values: list[str]) -> None:
+    with pytest.raises(StoreRefusedError):
+        database.run("remember_mappings", {"lids": values, "phones": values})
 
 
 # the alarm
