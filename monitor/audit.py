@@ -6,9 +6,9 @@ digest of the code that stored it, from the events: after a fault one wants to k
 since when.
 
 A LID that stands is a failure (exit status 1), and so is a dead letter, a message that could not be stored,
-and a foreign row, which another writer put there. Senders that are pending are not: they are what happens
-when the map does not know somebody yet, and they complete themselves. `strict` makes them, and every LID
-that was ever stored, failures as well.
+a foreign row, which another writer put there, and a drop without a sender. Those that are pending complete
+themselves as soon as the map knows who it was; `allow_waiting` is for who looks in the meantime. A LID that
+was stored and is repaired is listed and no failure: else there would be no success after a repair.
 """
 
 from dataclasses import dataclass
@@ -102,14 +102,13 @@ class Findings:
     foreign_rows: list[Foreign]
     fresh: list[Fresh]
     """Only when they were asked for."""
-    strict: bool = False
+    allow_waiting: bool = False
 
     @property
     def failed(self) -> bool:
-        """Tell whether a LID or another writer's row stands in the table, or a message was refused."""
-        if self.strict and (self.newly_stored or self.waiting):
-            return True
-        return bool(self.standing or self.dead_letters or self.foreign_rows)
+        """Tell whether something stands in the table that should not, or a message was refused."""
+        waiting = self.waiting and not self.allow_waiting
+        return bool(self.standing or self.dead_letters or self.foreign_rows or waiting)
 
     def to_json(self) -> bytes:
         """Return the findings as JSON: the fields above, times in ISO form, and `failed`."""
@@ -118,7 +117,7 @@ class Findings:
 
 
 def audit(
-    database: Database, known: Known, *, since: datetime | None = None, strict: bool = False
+    database: Database, known: Known, *, since: datetime | None = None, allow_waiting: bool = False
 ) -> Findings:
     """Look at everything; raises `StoreError` when the database does not let it.
 
@@ -138,5 +137,5 @@ def audit(
         fresh=[]
         if since is None
         else [Fresh(*row) for row in database.rows("audit_drops", {"since": since})],
-        strict=strict,
+        allow_waiting=allow_waiting,
     )

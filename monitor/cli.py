@@ -161,9 +161,8 @@ def audit_command(
     since: Annotated[
         str | None, typer.Option(metavar="WHEN", help="List the drops stored from then on: ISO time")
     ] = None,
-    strict: Annotated[
-        bool,
-        typer.Option("--strict", help="Exit status 1 for whatever is listed, not only for what is wrong"),
+    allow_waiting: Annotated[
+        bool, typer.Option("--allow-waiting", help="Drops that wait for their sender are no failure")
     ] = False,
     accept_foreign: Annotated[
         bool, typer.Option("--accept-foreign", help="First take rows of other writers as they are")
@@ -181,7 +180,7 @@ def audit_command(
         if accept_foreign:
             adopted = census.adopt_rows(database, settings.source)
             typer.echo(f"{adopted} rows of other writers were adopted", err=True)
-        findings = audit(database, known, since=_instant(since), strict=strict)
+        findings = audit(database, known, since=_instant(since), allow_waiting=allow_waiting)
         if as_json:
             typer.echo(findings.to_json().decode())
         else:

@@ -24,9 +24,9 @@ LID = "100000000000017"
 KNOWN = Known.from_rows({LID: PHONE})
 
 
-def _audit(database_url: str) -> Findings:
+def _audit(database_url: str, *, allow_waiting: bool = False) -> Findings:
     with closing(connect(DatabaseUrl(database_url))) as database:
-        return audit(database, KNOWN)
+        return audit(database, KNOWN, allow_waiting=allow_waiting)
 
 
 def _post(bridge: SyntheticBridge, sender: str, content: str) -> None:
@@ -72,16 +72,17 @@ def test_lid_of_another_writer_has_no_code_to_show(relay_once: Any, database_url
     assert (standing.project, standing.tree, standing.since, standing.rows) == ("", None, None, 1)
 
 
-def test_senders_that_wait_fail_nothing_and_dead_letters_do(
+def test_senders_that_wait_fail_unless_they_are_allowed_and_dead_letters_always(
     bridge: SyntheticBridge, relay_once: Any, database_url: str
 ) -> None:
     _post(bridge, "3000000000013", "DR1000001")
     _post(bridge, "258821234567", "DR1000002")
     relay_once()
-    assert not _audit(database_url).failed
+    assert _audit(database_url).failed
+    assert not _audit(database_url, allow_waiting=True).failed
     _post(bridge, PHONE, "DR1000003\0")
     relay_once()
-    findings = _audit(database_url)
+    findings = _audit(database_url, allow_waiting=True)
     assert findings.failed
     assert sorted((one.kind, one.drops) for one in findings.waiting) == [("pending", 1), ("unknown", 1)]
     assert [letter.messages for letter in findings.dead_letters] == [1]
