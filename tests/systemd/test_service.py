@@ -29,13 +29,9 @@ def lines(unit: Unit, pattern: str) -> str:
 
 def test_service_is_active_only_after_a_proven_generation(unit: Unit, evidence: Evidence) -> None:
     assert unit.systemctl("start").returncode == 0
-    journal = unit.journal().splitlines()
-    (live,) = [number for number, line in enumerate(journal) if "reload (start): live" in line]
-    (active,) = [number for number, line in enumerate(journal) if "Started wa-monitor.service" in line]
-    assert live < active
-    assert "attested" in journal[live]
-    unit.until_in_sync()
+    assert unit.status()["in_sync"], "active, and nothing is proven"
     assert unit.command("verify").returncode == 0
+    lines(unit, "live: .*attested")
     unit.machine.until(lambda: "in sync" in unit.show("StatusText"), unit.show("StatusText"))
     status = unit.show("StatusText")
     assert re.match(
@@ -45,7 +41,8 @@ def test_service_is_active_only_after_a_proven_generation(unit: Unit, evidence: 
     evidence(f"{lines(unit, 'Starting|: live|Started')}\nStatus: {status}")
 
 
-def test_start_that_is_not_ready_is_not_active(unit: Unit, evidence: Evidence) -> None:
+def test_start_that_is_not_ready_is_not_active_and_gets_its_time(unit: Unit, evidence: Evidence) -> None:
+    unit.drop_in(f"{unit.dropped_in}TimeoutStartSec=3\n")
     edit(unit, "import time; time.sleep(5)")
     unit.machine.run("systemctl", "start", "--no-block", unit.name)
     unit.machine.until(lambda: "is being started" in unit.show("StatusText"), "no status")
@@ -192,8 +189,8 @@ while True:
 
 def test_stop_ends_everything_within_the_drain_deadline(unit: Unit, evidence: Evidence) -> None:
     unit.machine.write("/opt/wa-monitor/stubborn/main.py", STUBBORN, user="wa-monitor")
-    command = f"{BIN}/wa-supervisor run --type notify --stop-timeout 3 stubborn/main.py"
-    unit.drop_in(f"[Service]\nExecStart=\nExecStart={command}\n")
+    command = f"{BIN}/wa-supervisor run --type notify --stop-timeout 4 stubborn/main.py"
+    unit.drop_in(f"[Service]\nExecStart=\nExecStart={command}\nTimeoutStopSec=2\n")  # It asks for more.
     assert unit.systemctl("start").returncode == 0
     before = unit.processes()
     assert len(before) > len(("supervisor", "child", "its daemon")) - 1

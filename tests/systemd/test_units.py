@@ -41,7 +41,7 @@ def test_units_are_understood_without_a_word(machine: Machine) -> None:
 def test_verify_says_a_word_about_what_it_does_not_understand(machine: Machine) -> None:
     place = "/run/systemd/system/wa-monitor.service.d/test.conf"
     machine.write(place, "[Service]\nWatchdogSecs=30\n")
-    assert "Unknown key name 'WatchdogSecs'" in verify(machine, "wa-monitor.service")
+    assert "WatchdogSecs" in verify(machine, "wa-monitor.service")
 
 
 @pytest.mark.parametrize("unit", UNITS[:3])
