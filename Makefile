@@ -21,7 +21,7 @@ STAMP := $(VENV)/complete
 PEERS := .venv-peers
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak gauntlet bench lint format lock ci
+.PHONY: help demo test systemd soak gauntlet bench lint format lock ci
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -31,6 +31,9 @@ demo: $(STAMP) ## the whole product on invented messages; ARGS=--once runs a scr
 
 test: $(STAMP) ## all tests; ARGS goes to pytest, e.g. ARGS="-k embedded"
 	@$(VENV)/bin/python $(RUN) -m pytest --numprocesses=$(WORKERS) $(ARGS)
+
+systemd: $(STAMP) ## the units under a real systemd, booted in namespaces: needs root, systemd and git, four minutes
+	@WA_SYSTEMD=1 $(VENV)/bin/python -m pytest --timeout=300 $(ARGS) tests/systemd
 
 soak: $(STAMP) ## what takes minutes: whole kill matrix, 200 reloads and 200 checkouts in a row, the monitor killed everywhere
 	@WA_SOAK=1 $(VENV)/bin/python -m pytest --numprocesses=$(WORKERS) $(ARGS) \

@@ -1,13 +1,14 @@
-"""Settings of the monitor: environment, then a TOML file, then flags; the later one wins.
+"""Settings of the monitor: environment, then credentials, then a TOML file, then flags; the later one wins.
 
-The rule: one table, `Values`, names every setting once. The three sources fill the same table, and `resolve`
+The rule: one table, `Values`, names every setting once. The sources fill the same table, and `resolve`
 turns it into `Settings`, the only form that the rest of the program sees. A key that nobody knows and a
 value of the wrong type are refused with the file and the key, because a misspelt setting that is silently
 ignored looks like one that does not work.
 
 The database URL is kept in `DatabaseUrl`, which shows itself as `***`: a settings object may be logged
-without care. Rejected: a settings framework that reads the environment by itself, since its errors quote the
-value that they refuse.
+without care. It need not stand in the environment, where every child and `/proc` have it: systemd hands it
+over as the file `database-url` in `$CREDENTIALS_DIRECTORY` (systemd.exec(5), `LoadCredential=`). Rejected: a
+settings framework that reads the environment by itself, since its errors quote the value that they refuse.
 """
 
 import os
@@ -76,6 +77,9 @@ _ENVIRONMENT: Mapping[str, tuple[str, ...]] = {
     "business_zone": ("WA_BUSINESS_ZONE",),
     "database_identity": ("WA_DATABASE_IDENTITY",),
 }
+
+_CREDENTIALS: Mapping[str, str] = {"database_url": "database-url"}
+"""Setting to the name of its file in `$CREDENTIALS_DIRECTORY`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,12 +152,14 @@ class Settings:
 def load(
     flags: Values, *, config: Path | None = None, environment: Mapping[str, str] | None = None
 ) -> Settings:
-    """Merge the three sources into `Settings`; every fault is a `ConfigError`.
+    """Merge the sources into `Settings`; every fault is a `ConfigError`.
 
     `environment` defaults to the process's own.
     """
+    environment = os.environ if environment is None else environment
     merged = _merge(
-        _from_environment(os.environ if environment is None else environment),
+        _from_environment(environment),
+        _from_credentials(environment),
         Values() if config is None else _from_file(config),
         flags,
     )
@@ -259,6 +265,25 @@ def _from_environment(environment: Mapping[str, str]) -> Values:
     except msgspec.ValidationError as error:
         key, reason = _place_and_reason(error)
         raise ConfigError(f"environment variable {_ENVIRONMENT[key][0]}: {reason}") from None
+
+
+def _from_credentials(environment: Mapping[str, str]) -> Values:
+    """Read what systemd hands over as files; one that is not there or empty counts as not set."""
+    raw: dict[str, str] = {}
+    folder = environment.get("CREDENTIALS_DIRECTORY")
+    for key, name in _CREDENTIALS.items() if folder else ():
+        path = Path(folder or "", name)
+        try:
+            content = path.read_text(encoding="utf-8").strip()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise ConfigError(f"credential {path}: {error.strerror}; check LoadCredential=") from error
+        except UnicodeDecodeError:
+            raise ConfigError(f"credential {path}: not UTF-8; write the one line anew") from None
+        if content:
+            raw[key] = content
+    return msgspec.convert(raw, Values)
 
 
 def _from_file(path: Path) -> Values:

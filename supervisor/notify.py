@@ -76,6 +76,15 @@ class Notifier:
         if self._settle():
             self._send("WATCHDOG=1")
 
+    def broken(self) -> None:
+        """We cannot be trusted any more: the service manager is to end us, and to start us anew."""
+        self._send("WATCHDOG=trigger")
+
+    def extend(self, seconds: float) -> None:
+        """A start, a reload or a stop goes on: it is to have this long, from now or the next such word."""
+        if self._settle():
+            self._send(f"EXTEND_TIMEOUT_USEC={seconds * _USEC:.0f}")
+
     def status(self, text: str) -> None:
         """Show one line about the service in ``systemctl status``."""
         line = _one_line(text)

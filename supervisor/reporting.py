@@ -14,6 +14,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
+from supervisor import health
 from supervisor.bytecode import BytecodeReport, shorten
 from supervisor.events import Promoted, Restarting
 from supervisor.families import Values
@@ -180,13 +181,11 @@ class Reporting:
         self._set_gauges(live, watch, now)
         self._metrics.set_code_info(live.manifest.digest if live else None, commit, dirty=dirty)
         self._metrics.self_outdated.set(own["outdated"])
-        shown = (
-            f"generation {live.number}, tree {live.manifest.digest[:_SHORT_DIGEST]}"
-            if live
-            else "no live generation"
+        self._notifier.status(
+            health.words(
+                state, code=_code(live, commit, dirty), reason=reason, said=live.status if live else ""
+            )
         )
-        where = f", commit {commit[:_SHORT_DIGEST]}" if commit else ""
-        self._notifier.status(f"{shown}{where}: {reason or 'in sync'}")
         return status_document(
             pid=os.getpid(),
             state=state,
@@ -228,3 +227,12 @@ class Reporting:
         metrics.follow(metrics.watch_overflows, watch["overflows"])
         metrics.follow(metrics.watch_restarts, watch["restarts"])
         metrics.follow(metrics.notify_errors, self._notifier.errors_total)
+
+
+def _code(live: Running | None, commit: str | None, dirty: bool | None) -> str:
+    """Return what people call the code that runs."""
+    if live is None:
+        return ""
+    tree = f"tree {live.manifest.digest[:_SHORT_DIGEST]}"
+    changed = " with local changes" if dirty else ""
+    return f"commit {commit[:_SHORT_DIGEST]}{changed}, {tree}" if commit else tree

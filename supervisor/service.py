@@ -29,7 +29,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from supervisor import events, lifecycle, lock, orphans
+from supervisor import events, health, lifecycle, lock, orphans
 from supervisor.blobs import BlobStore
 from supervisor.bytecode import CompileJob, Compiler
 from supervisor.checkout import Checkout
@@ -75,6 +75,8 @@ _SCANS_SHARE = 300
 _GIT_LOOK_SECONDS = 2.0
 _OVERSLEPT_SECONDS = 1.0
 _CLOSE_SECONDS = 2.0
+_EXTENSION_SECONDS = 10.0
+"""What the service manager is asked for with each look, while a start, a reload or a stop goes on."""
 
 
 class Service:
@@ -197,7 +199,8 @@ class Service:
         self._changed = True
         self._housekeeping_at = self._git_at = self._scan_at = self._verify_at = self._suspect_at = 0.0
         self._git_facts: dict[str, Any] | None = None
-        self._turned_at = time.monotonic()
+        self._turned_at = self._served_at = time.monotonic()
+        self._ailing: str | None = None
         self._status: dict[str, Any] = {}
         self._estate = estate
         self._state = self._adopt(estate) if estate is not None else self._recall()
@@ -288,6 +291,7 @@ class Service:
         if slept > _OVERSLEPT_SECONDS:
             log.warning("the supervisor stood still for %.1f s; nobody's silence counts", slept)
             self._events.appendleft((events.Slept(slept), None))
+            self._served_at += slept
         hints = self._watcher.take()
         self._pipeline.hint(hints, now)
         if hints and not self._pipeline.paused:
@@ -409,7 +413,32 @@ class Service:
         self._fleet.look()
         self._pipeline.prepare()
         self._hold_to_limits(live, self._reporting.sample(live))
-        self._notifier.alive()
+        self._prove_health(now)
+
+    def _prove_health(self, now: float) -> None:
+        """Tell the service manager that all is well, as far as that is proven, and how long it is to wait."""
+        policy, state = self._configuration.policy, self._state
+        if health.underway(state, busy=self._pipeline.busy):
+            self._notifier.extend(_EXTENSION_SECONDS)
+        if not self._last_live:
+            return  # Its watchdog begins with READY=1; before that the time to start is its measure.
+        broken = None if self._events else health.broken(policy, state, self._fleet.numbers, now)
+        if broken is not None:
+            log.critical("%s; the service manager is asked to start everything anew", broken)
+            self._notifier.status(f"broken: {broken}")
+            self._notifier.broken()
+            return
+        live = self.live
+        if self._is_serving and not (live is not None and live.child.stopped):
+            self._served_at = now
+        before = self._ailing
+        self._ailing = health.ailing(policy, state, now - self._served_at, self._watcher.blind)
+        if self._ailing is None:
+            self._notifier.alive()
+        elif before is None:
+            log.error(
+                "%s; the service manager's watchdog is not told any more that all is well", self._ailing
+            )
 
     def _hold_to_limits(self, live: Running | None, memory_bytes: int | None) -> None:
         if live is None:
@@ -776,14 +805,17 @@ class Service:
         self._pipeline.scan(now, whole=True, trigger="suspect")
         self._fleet.attest(number)
 
-    def _count_downtime(self, now: float) -> None:
-        """Count while nobody works: one that drains still does, one that said READY=1 does already."""
+    @property
+    def _is_serving(self) -> bool:
+        """Whether somebody works: one that drains still does, one that said READY=1 does already."""
         state = self._state
         ready = state.candidate if state.candidate is not None and state.candidate.ready else None
         served = next((g for g in (*state.draining, state.live) if g and g.number == self._last_live), None)
         processes = [self._fleet.get(g.number) for g in (served, ready) if g is not None]
-        serving = any(running is not None and not running.over for running in processes)
-        self._reporting.serving(now, serving=serving, ever=self._last_live > 0)
+        return any(running is not None and not running.over for running in processes)
+
+    def _count_downtime(self, now: float) -> None:
+        self._reporting.serving(now, serving=self._is_serving, ever=self._last_live > 0)
 
     # --- replacing this program in place ------------------------------------------------------------------
 

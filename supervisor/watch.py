@@ -70,6 +70,9 @@ _EARLY_LOOK_SHARE = 1 / 20
 _SHORT_LOOKS = 2
 """Looks in a row that must find watches missing: a directory may be deleted while one looks."""
 
+_VAIN_STARTS = 2
+"""Canaries in a row that were not heard, each of a new watcher but the first, until we cannot heal it."""
+
 _LONGEST_PAUSE_SECONDS = 300.0
 """Between two starts of a watcher that never gets as far as to prove itself."""
 
@@ -146,6 +149,7 @@ class Watcher:
         self._survey = Survey()
         self._short_looks = 0
         self._vain_starts = 0
+        self._was_proven = False
         self._start_not_before = 0.0
         self._look_at = self._look_not_before = 0.0
         self._doubts: list[str] = []
@@ -163,6 +167,13 @@ class Watcher:
     def hears_everything(self) -> bool:
         """Whether what no hint was given of has not changed, but for what events cannot tell (see above)."""
         return self.health.mode == "events" and not self._doubts
+
+    @property
+    def blind(self) -> str | None:
+        """Why events do not come any more, although the watcher was started again; or None."""
+        if self._was_proven and self._canary.misses >= _VAIN_STARTS:
+            return f"file events have stopped: those of {self._canary.path} do not come back"
+        return None
 
     def start(self) -> None:
         """Start to watch. That there is nothing to watch with is a matter of :attr:`health`, not an error."""
@@ -264,6 +275,7 @@ class Watcher:
                 if isinstance(event, FileClosedEvent):
                     self._canary.heard()
                     self._vain_starts = 0
+                    self._was_proven = True
             elif path == self._canary.directory:
                 self._look_at = 0.0
             else:

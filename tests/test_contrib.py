@@ -15,7 +15,8 @@ from prometheus_client import CollectorRegistry
 from supervisor.metrics import SupervisorMetrics
 
 ROOT = Path(__file__).parents[1]
-UNIT = ROOT / "contrib" / "systemd" / "wa-monitor.service"
+UNITS = ROOT / "contrib" / "systemd"
+UNIT = UNITS / "wa-monitor.service"
 RULES = ROOT / "contrib" / "grafana" / "prometheus" / "wa-monitor.rules.yml"
 REFERENCE = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
 
@@ -67,3 +68,36 @@ def test_every_alert_says_what_to_run() -> None:
         script, command = re.findall(r"`(wa-\w+) ([\w-]+)", rule["annotations"]["description"])[0]
         assert command in help_of(script)
         assert set(re.findall(r"\bwa_\w+", rule["expr"])) <= set(re.findall(r"\bwa_\w+", REFERENCE))
+
+
+def options(unit: Path) -> list[str]:
+    """Return what a unit says, without its comments."""
+    lines = unit.read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line and not line.startswith(("#", "["))]
+
+
+def test_instance_differs_from_the_single_service_in_its_names_alone() -> None:
+    default_port = "Environment=WA_SUPERVISOR_LISTEN=127.0.0.1:9464"
+    single = [line for line in options(UNIT) if line != default_port]
+    instance = options(UNITS / "wa-monitor@.service")
+    assert len(single) == len(instance)
+    for line, of_instance in zip(single, instance, strict=True):
+        plain = of_instance.replace("/%i.env", "/env").replace("/%i.", "/").replace("-%i", "")
+        assert plain.replace("monitor %i,", "monitor,") == line
+
+
+def test_pull_has_the_same_sandbox_as_the_service() -> None:
+    def sandbox(unit: Path) -> set[str]:
+        lines = options(unit)
+        return set(lines[lines.index("ReadWritePaths=/opt/wa-monitor") :])
+
+    service = sandbox(UNIT) - {"UMask=0077", "WantedBy=multi-user.target"}
+    assert sandbox(UNITS / "wa-monitor-pull@.service") == service
+
+
+def test_nothing_in_the_units_needs_a_newer_systemd() -> None:
+    newer = {"ImportCredential", "RestartSteps", "RestartMaxDelaySec", "SurviveFinalKillSignal"}
+    for unit in UNITS.glob("wa-*"):
+        keys = {line.partition("=")[0] for line in options(unit)}
+        assert not keys & newer
+        assert "Type=notify-reload" not in options(unit)

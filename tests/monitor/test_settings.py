@@ -145,3 +145,38 @@ def test_business_zone_is_south_africa_unless_another_is_named() -> None:
 def test_business_zone_that_is_none_is_refused(zone: str) -> None:
     with pytest.raises(ConfigError, match="business_zone"):
         resolve(Values(bridge="x", business_zone=zone))
+
+
+def credentials(folder: Path, content: bytes) -> dict[str, str]:
+    (folder / "database-url").write_bytes(content)
+    return {"WHATSAPP_DB_PATH": "/b/messages.db", "CREDENTIALS_DIRECTORY": str(folder)}
+
+
+def test_database_url_is_taken_from_the_credential(tmp_path: Path) -> None:
+    environment = credentials(tmp_path, f"{URL}\n".encode()) | {"DATABASE_URL": "postgresql://elsewhere/wa"}
+    settings = load(Values(), environment=environment)
+    assert settings.database_url is not None
+    assert settings.database_url.reveal() == URL
+
+
+def test_empty_credential_counts_as_not_set(tmp_path: Path) -> None:
+    environment = credentials(tmp_path, b"\n")
+    assert load(Values(), environment=environment).database_url is None
+    settings = load(Values(), environment=environment | {"DATABASE_URL": URL})
+    assert settings.database_url is not None
+    assert settings.database_url.reveal() == URL
+
+
+def test_directory_of_credentials_may_hold_others(tmp_path: Path) -> None:
+    environment = {"CREDENTIALS_DIRECTORY": str(tmp_path), "DATABASE_URL": URL}
+    assert load(Values(bridge="b"), environment=environment).database_url is not None
+
+
+def test_credential_that_cannot_be_read_is_named_without_its_content(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="database-url: not UTF-8; write") as refused:
+        load(Values(), environment=credentials(tmp_path, b"s3cret\xff"))
+    assert "s3cret" not in str(refused.value)
+    (tmp_path / "database-url").unlink()
+    (tmp_path / "database-url").mkdir()
+    with pytest.raises(ConfigError, match=r"database-url: Is a directory; check LoadCredential="):
+        load(Values(), environment={"CREDENTIALS_DIRECTORY": str(tmp_path)})

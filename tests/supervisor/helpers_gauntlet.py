@@ -124,10 +124,16 @@ class Bench:
     @classmethod
     def make(cls, folder: Path, environment: Mapping[str, str], flags: tuple[str, ...] = ()) -> Bench:
         """Make the tree, which says ``old``; ``{outside}`` in the environment is the folder beside it."""
-        bench = cls(folder / "tree", folder / "outside", flags=flags)
+        bench = cls.at(folder, environment, flags)
         bench.armed.mkdir(parents=True)
         os.mkfifo(bench.gate)
         bench.fill(OLD)
+        return bench
+
+    @classmethod
+    def at(cls, folder: Path, environment: Mapping[str, str], flags: tuple[str, ...] = ()) -> Bench:
+        """Return the one that was made in a folder."""
+        bench = cls(folder / "tree", folder / "outside", flags=flags)
         bench.environment |= {
             "GAUNTLET_GATE": str(bench.gate),
             "GAUNTLET_ARMED": str(bench.armed),

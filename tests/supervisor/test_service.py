@@ -521,7 +521,7 @@ def test_service_manager_hears_ready_status_and_the_end(
             return message
 
         hear("READY=1")
-        assert hear("STATUS=generation 1").endswith("in sync")
+        assert hear("STATUS=in sync").startswith("STATUS=in sync: generation 1 serves, tree ")
         hear("WATCHDOG=1")
         started.process.send_signal(signal.SIGHUP)
         assert "\nMONOTONIC_USEC=" in hear("RELOADING=1")
