@@ -24,6 +24,9 @@ from collections.abc import Collection
 
 from supervisor.lifecycle import Policy, Stage, State
 
+NOT_YET = "no generation is live yet"
+"""Why nothing is in sync, where nothing is wrong."""
+
 _OVERDUE_SECONDS = 10.0
 """How late a decision may be, at most; each turn of the loop looks whether one is due."""
 
@@ -99,7 +102,7 @@ def words(state: State, *, code: str, reason: str | None, said: str) -> str:
         text = f"in sync: {serves}" if reason is None else f"NOT in sync: {reason}; {serves}"
         return f"{text}; it says: {said}" if said else text
     does = f"generation {candidate.number} {_DOES[candidate.stage]}" if candidate is not None else ""
-    if state.served is None and not state.quarantine and (does or state.next_number == 1):
+    if reason in {None, NOT_YET}:
         return f"starting: {does}" if does else "starting"
     return f"nobody serves: {reason}" + (f"; {does}" if does else "")
 

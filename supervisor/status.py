@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from supervisor.fleet import Running
+from supervisor.health import NOT_YET
 from supervisor.lifecycle import State
 from supervisor.manifest import Manifest
 from supervisor.reload import Reload
@@ -46,7 +47,7 @@ def in_sync_problem(  # noqa: PLR0911 -- one for each reason
     if stopping:
         return "stopping"
     if live is None:
-        return problem or ended or "no generation is live yet"
+        return problem or ended or NOT_YET
     if disk is None:
         return problem or "the tree has not been read yet"
     if writer is not None:

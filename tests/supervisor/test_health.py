@@ -82,7 +82,7 @@ def test_what_has_a_bound_of_its_own_is_underway() -> None:
     ("state", "reason", "line"),
     [
         (State(), None, "starting"),
-        (State(candidate=NEXT), "none is live", "starting: generation 4 gets ready"),
+        (State(candidate=NEXT), health.NOT_YET, "starting: generation 4 gets ready"),
         (SERVING, None, "in sync: generation 3 serves, commit c; it says: fine"),
         (
             SERVING,

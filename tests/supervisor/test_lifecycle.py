@@ -10,6 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from supervisor import health
 from supervisor.events import (
     OPERATOR_TRIGGERS,
     Action,
@@ -765,6 +766,10 @@ class AnythingCanHappen(RuleBasedStateMachine):
             assert state.draining
         if not state.stopping and state.served is not None:
             assert state.live or candidate or state.retry, "a good version exists and nothing is to run it"
+
+    @invariant()
+    def service_manager_is_not_called(self) -> None:
+        assert health.broken(self.policy, self.run.state, self.alive, self.run.now) is None
 
     @invariant()
     def quarantined_tree_is_neither_on_its_way_nor_to_be_tried_again(self) -> None:

@@ -423,6 +423,27 @@ def test_watcher_that_never_hears_is_polling_and_started_ever_more_rarely(
     assert 2 <= watched.watcher.restarts_total <= 4
     assert watched.mode == "polling"
     assert watched.watcher.health.reason == f"events of {watched.canary / 'canary'} do not come back"
+    assert watched.watcher.blind is None, "a new start of the supervisor would not help"
+
+
+def test_watcher_that_has_heard_and_never_hears_again_is_blind_until_it_does(
+    watch: Watch, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = watch(root)
+    watched.later()
+    assert watched.watcher.blind is None
+    with monkeypatch.context() as deaf:
+        deaf.setattr(TreeEmitter, "queue_event", lambda *_: None)
+        for _ in range(7):
+            watched.now += 1.0
+            watched.watcher.take()
+        assert watched.watcher.blind is None, "it is started again first"
+        for _ in range(100):
+            watched.now += 1.0
+            watched.watcher.take()
+        assert "do not come back" in str(watched.watcher.blind)
+    watched.watcher.close()
+    until(watched, lambda: watched.watcher.blind is None)
 
 
 def test_watches_that_the_kernel_lost_are_noticed(watch: Watch, root: Path) -> None:

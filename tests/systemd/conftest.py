@@ -26,7 +26,7 @@ def _machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
 @pytest.fixture
 def machine(_machine: Machine) -> Iterator[Machine]:
     """The machine as it was prepared; whatever a test has started or changed is put back."""
-    _machine.run("systemctl", "start", "database.service")
+    _machine.run("systemctl", "start", "wa-database.service")
     yield _machine
     _machine.run("sh", "-c", "systemctl stop 'wa-monitor*' && systemctl reset-failed 'wa-monitor*' || true")
     _machine.run(

@@ -57,7 +57,7 @@ def dev(machine: Machine, upstream: Callable[[str], str]) -> Unit:
     machine.run("git", "-C", CLONE, "pull", "--quiet", "--ff-only", user="deploy")
     place = f"/run/systemd/system/{INSTANCE}.d"
     machine.run("mkdir", "-p", place)
-    for name in ("several-trees", "read-only-tree"):
+    for name in ("several-trees", "tree-read-only"):
         machine.run("cp", f"/opt/repository/contrib/systemd/drop-ins/{name}.conf", place)
     machine.run("sh", "-c", "cp /etc/wa-monitor/env /etc/wa-monitor/dev.env")
     machine.run("sh", "-c", "echo WA_SUPERVISOR_LISTEN=127.0.0.1:9465 >> /etc/wa-monitor/dev.env")

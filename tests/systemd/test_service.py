@@ -239,16 +239,16 @@ def test_supervisor_replaced_in_place_stays_the_main_process(started: Unit, evid
 def test_reboot_into_broken_code_runs_the_last_known_good(
     machine: Machine, started: Unit, evidence: Evidence, how: str
 ) -> None:
-    enabled = machine.call("systemctl", "enable", started.name, "database.service")
+    enabled = machine.call("systemctl", "enable", started.name, "wa-database.service")
     assert enabled.returncode == 0, enabled.stderr
     good = started.status()["live"]["tree"]
     machine.until(lambda: started.status()["last_known_good"] == good, "no known good tree")
     machine.write(f"/etc/systemd/system/{started.name}.d/test.conf", started.dropped_in)
-    getattr(machine, how)()
-    app = machine.disk / APP[1:]
-    app.write_text(app.read_text(encoding="utf-8") + "x = = 1\n", encoding="utf-8")
-    machine.boot()
     try:
+        getattr(machine, how)()
+        app = machine.disk / APP[1:]
+        app.write_text(app.read_text(encoding="utf-8") + "x = = 1\n", encoding="utf-8")
+        machine.boot()
         rebooted = Unit(machine)
         rebooted.whole_journal()
         rebooted.until("Started wa-monitor.service")
