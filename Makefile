@@ -20,8 +20,10 @@ STAMP := $(VENV)/complete
 # What `make bench` compares with is none of our dependencies and has an environment of its own.
 PEERS := .venv-peers
 
+SUPERVISING := service ends healing history ignored kill_matrix orphans output proof_at_work pipeline races soak web
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test systemd soak gauntlet bench lint format lock ci
+.PHONY: help demo test cold systemd soak gauntlet bench lint format lock ci
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -31,6 +33,10 @@ demo: $(STAMP) ## the whole product on invented messages; ARGS=--once runs a scr
 
 test: $(STAMP) ## all tests; ARGS goes to pytest, e.g. ARGS="-k embedded"
 	@$(VENV)/bin/python $(RUN) -m pytest --numprocesses=$(WORKERS) $(ARGS)
+
+cold: $(STAMP) ## the tests that supervise processes once more, without the zygote: both ways behave the same
+	@WA_TEST_NO_ZYGOTE=1 $(VENV)/bin/python -m pytest --numprocesses=$(WORKERS) $(ARGS) \
+		$(foreach name,$(SUPERVISING),tests/supervisor/test_$(name).py) tests/test_incident_scenario.py
 
 systemd: $(STAMP) ## the units under a real systemd, booted in namespaces: needs root, systemd and git, four minutes
 	@WA_SYSTEMD=1 $(VENV)/bin/python -m pytest --timeout=300 $(ARGS) tests/systemd

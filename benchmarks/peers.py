@@ -385,6 +385,8 @@ def measure(plan: Plan, only: str | None, parts: str, base: Path) -> dict[str, A
     """Measure everything; return what is written to ``peers.json``."""
     began, load = time.monotonic(), os.getloadavg()[0]
     chosen = [c for c in (*contenders.our_ways(), *contenders.peers()) if only is None or only in c.name]
+    if not chosen:
+        raise SystemExit(f"no contender's name holds {only!r}")
     everybody = [(contender, Result(contender)) for contender in chosen]
     single = [(c, result) for c, result in everybody if "overlap" not in c.name]
     program = (contenders.alone(), Result(contenders.alone()))

@@ -243,12 +243,3 @@ def test_newer_options_are_in_drop_ins_alone_and_their_name_says_from_when() -> 
         if newer:
             assert path.parent.name == "drop-ins"
             assert path.stem == f"systemd-{max(newer)}"
-
-
-def test_units_come_from_one_template() -> None:
-    """An instance differs from the only one by its name, its port and where its settings are, and no more."""
-    plain, instance = (
-        dict.fromkeys(settings_in(SYSTEMD / name)) for name in ("wa-monitor.service", "wa-monitor@.service")
-    )
-    assert set(plain) - set(instance) == {("Service", "Environment")}, "the port is the instance's own"
-    assert set(instance) <= set(plain)
