@@ -33,10 +33,12 @@ chown -R wa-monitor: "$1"
 def tidy(machine: Machine) -> Iterator[Machine]:
     """The machine, without what install-unit has written afterwards."""
     machine.run("mkdir", "-p", "/root/kept")
-    machine.run("sh", "-c", "cp -a /etc/systemd/system/wa-* /root/kept/; rm /etc/systemd/system/wa-*")
+    machine.run(
+        "sh", "-c", "cp -a /etc/systemd/system/wa-monitor* /root/kept/; rm /etc/systemd/system/wa-monitor*"
+    )
     yield machine
     machine.run("sh", "-c", "systemctl stop 'wa-monitor@*' || true")
-    written = "/etc/systemd/system/wa-* /etc/systemd/system/*.wants/wa-* /etc/wa-monitor/*.env"
+    written = "/etc/systemd/system/wa-monitor* /etc/systemd/system/*.wants/wa-monitor* /etc/wa-monitor/*.env"
     machine.run("sh", "-c", f"rm -rf {written} /etc/wa-monitor/*.database-url")
     machine.run("sh", "-c", "cp -a /root/kept/* /etc/systemd/system/; systemctl daemon-reload")
 
@@ -107,9 +109,9 @@ def test_faults_of_a_running_unit_are_named(tidy: Machine) -> None:
     tidy.run("systemctl", "restart", unit.name)
     unit.until_in_sync()
     assert wrong(tidy) == []
-    tidy.run("systemctl", "stop", "database.service")
+    tidy.run("systemctl", "stop", "wa-database.service")
     assert "database" in {one["check"] for one in wrong(tidy)}
-    tidy.run("systemctl", "start", "database.service")
+    tidy.run("systemctl", "start", "wa-database.service")
     tidy.run("sh", "-c", f"sed -i s/RestartSec=2/RestartSec=3/ /etc/systemd/system/{unit.name}")
     assert [one["remedy"] for one in wrong(tidy)] == ["systemctl daemon-reload"]
     refused = tidy.call("sh", "-c", f"cd /opt/wa-monitor && {BIN}/wa-supervisor install-unit --instance prod")
