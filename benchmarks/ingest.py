@@ -320,6 +320,7 @@ def takeovers(folder: Path, server: EmbeddedPostgres, sizes: Sizes) -> list[Line
                     first.send_signal(signal.SIGTERM)
                     released, taken = _release_and_claim(listener)
                     millis.append((taken - released) * 1000)
+                    first.wait()
     return [
         Line(
             "released → taken over by the standby",

@@ -74,7 +74,7 @@ def _write(database: Database, project: str) -> None:
             "confidences": [None],
         },
     )
-    database.run("insert_pending", event)
+    database.run("insert_pending", {**event, "standings": [None]})
     entry = {**ids, "hashes": [""], "outcomes": ["drops"], "projects": [project], "sent_ats": [_SENT_AT]}
     database.run("insert_messages", entry)
     database.run("record_messages", entry)

@@ -34,7 +34,8 @@ def lids_of(database: Database, known: Known) -> dict[str, str | None]:
     # A dry run may look at a database on which no monitor has run.
     exists = {"schema": "wa_monitor", "table": "lid_seen"}
     seen = dict(database.rows("mappings_seen")) if database.rows("table_exists", exists)[0][0] else {}
-    return {lid: phone for lid, phone in {**seen, **known.phone_of}.items() if lid not in known.lid_of}
+    listed = {**dict.fromkeys(known.lids), **seen, **known.phone_of}
+    return {lid: phone for lid, phone in listed.items() if lid not in known.lid_of}
 
 
 def lid_rows(database: Database, known: Known) -> dict[str, int]:
@@ -78,5 +79,5 @@ def doubtful_rows(database: Database, known: Known) -> list[Doubtful]:
         Doubtful(drop_number, project, value)
         for drop_number, project, value in database.rows("doubtful_rows")
         if user_part(value) not in resolvable
-        and judge(value, None, lids=known.phone_of, phones=known.lid_of) in {"lid", "unknown"}
+        and judge(value, None, lids=known.lids, phones=known.lid_of) in {"lid", "unknown"}
     ]

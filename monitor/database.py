@@ -27,6 +27,9 @@ from monitor.settings import DatabaseUrl
 # A serverless database needs up to five seconds to wake; the watchdog's default is fifteen.
 _CONNECT_TIMEOUT_SECONDS = 10
 _KEEPALIVE_SECONDS = 5
+_KEEPALIVES = 2
+# A host that is gone without a word: the kernel alone would wait for a quarter of an hour.
+_ANSWER_MILLISECONDS = 15_000
 _NAME = "-- name: "
 _MAX_PORT = 65535
 # What libpq says of an option before it connects anywhere, by its text: it has no codes for that.
@@ -180,16 +183,26 @@ def _with_arrays(parameters: Parameters) -> dict[str, object]:
     return {name: _array(value) if isinstance(value, list) else value for name, value in parameters.items()}
 
 
-def _array(values: list[object]) -> str:
-    return "{" + ",".join(map(_element, values)) + "}"
+def _array(values: list[Any]) -> str:
+    try:
+        joined = "\0".join(values)
+    except TypeError:  # not all of them are texts
+        return "{" + ",".join(map(_element, values)) + "}"
+    if joined.count("\0") != len(values) - 1:  # none, or one that PostgreSQL is to refuse
+        return "{" + ",".join(map(_element, values)) + "}"
+    return '{"' + _escaped(joined).replace("\0", '","') + '"}'
 
 
 def _element(value: object) -> str:
     if isinstance(value, str):
-        return '"' + value.replace("\\", r"\\").replace('"', r"\"") + '"'
+        return f'"{_escaped(value)}"'
     if value is None:
         return "NULL"
     return f'"{value}"'  # dates and times as ISO texts, numbers
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", r"\\").replace('"', r"\"")
 
 
 def _reason_of(error: psycopg.Error) -> str:
@@ -219,6 +232,8 @@ def _parameters(url: DatabaseUrl) -> dict[str, Any]:
     parameters.setdefault("application_name", "wa-monitor")
     parameters.setdefault("keepalives_idle", _KEEPALIVE_SECONDS)
     parameters.setdefault("keepalives_interval", _KEEPALIVE_SECONDS)
+    parameters.setdefault("keepalives_count", _KEEPALIVES)
+    parameters.setdefault("tcp_user_timeout", _ANSWER_MILLISECONDS)
     parameters["client_encoding"] = "utf8"
     return parameters
 

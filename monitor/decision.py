@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from monitor.drops import find_drops
-from monitor.identity import Known, OwnMessage, Phone, Rules, Sender, identify
+from monitor.identity import Identity, Known, OwnMessage, Phone, Rules, Sender, identify
 from monitor.messages import Message, Unreadable
 from monitor.projects import Project, Projects
 from monitor.settings import Settings
@@ -67,7 +67,7 @@ class Decider:
 
     def phone(self, sender: str, chat_jid: str, known: Known) -> Phone | None:
         """Decide again who sent a drop that waits; None as long as nobody knows."""
-        identity = identify(sender, chat_jid, known, self.rules)
+        identity = self._identify(sender, chat_jid, known)
         return identity if isinstance(identity, Phone) else None
 
     def _decide_message(self, message: Message, project: Project, known: Known) -> Decided:
@@ -82,9 +82,13 @@ class Decider:
         )
         if not found.numbers:
             return Decided(message, "no_drop", project, look_alikes=found.look_alikes)
-        if self.store_own_messages:
-            known = replace(known, own=frozenset())
-        sender = identify(message.sender, message.chat_jid, known, self.rules)
+        sender = self._identify(message.sender, message.chat_jid, known)
         if isinstance(sender, OwnMessage):
             return Decided(message, "own_message", project)
         return Decided(message, "drops", project, found.numbers, sender, found.look_alikes)
+
+    def _identify(self, sender: str, chat_jid: str, known: Known) -> Identity:
+        """Say who it is; where own messages count, the bridge's account is a person like any other."""
+        if self.store_own_messages:
+            known = replace(known, own=frozenset())
+        return identify(sender, chat_jid, known, self.rules)

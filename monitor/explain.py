@@ -16,12 +16,11 @@ from typing import Any, Literal
 
 from monitor import cursor
 from monitor.bridge import Bridge
-from monitor.cursor import Cursor
 from monitor.database import Database
 from monitor.decision import Decided, Decider, MessageId
 from monitor.drops import find_drops
 from monitor.identity import Known
-from monitor.ledger import LedgerEntry, fate, ledger_entries
+from monitor.ledger import Beginning, LedgerEntry, fate, ledger_entries
 from monitor.messages import Message
 
 MEANINGS = {
@@ -98,8 +97,13 @@ def explain(
     found = {one.id: one for one in _posted(number, bridge, decider, known)}
     posts = [_stored(row, found) for row in database.rows("explain_events", {"number": number})]
     ledger = ledger_entries(database, source, list(found))
+    beginning = None if seen is None else Beginning.of(database, source, seen)
     stored = {(post.chat_jid, post.key) for post in posts}
-    posts += [_not_stored(one, seen, ledger.get(one.id)) for one in found.values() if one.id not in stored]
+    posts += [
+        _not_stored(one, fate(one, seen, beginning, ledger.get(one.id)), ledger.get(one.id))
+        for one in found.values()
+        if one.id not in stored
+    ]
     rows = [Row(*row) for row in database.rows("explain_rows", {"number": number})]
     return Explanation(number, rows, sorted(posts, key=lambda post: post.sent_at or _LAST))
 
@@ -129,13 +133,13 @@ def _stored(row: Sequence[Any], found: Container[MessageId]) -> Post:
     )
 
 
-def _not_stored(one: Decided, seen: Cursor | None, entry: LedgerEntry | None) -> Post:
+def _not_stored(one: Decided, verdict: str, entry: LedgerEntry | None) -> Post:
     """Say why a message of the bridge has no event."""
     message = one.message
     return Post(
         chat_jid=message.chat_jid,
         key=message.key,
-        verdict=fate(one, seen, entry),
+        verdict=verdict,
         project=None if one.project is None else one.project.name,
         sent_at=message.sent_at if isinstance(message, Message) else None,
         decided_at=None if entry is None else entry.decided_at,

@@ -6,9 +6,10 @@ decides, never the shape**. `decide` is the only place of the monitor where digi
 paths (new drop and resubmission) store what it returns; the store takes no bare `str` as a sender.
 
 Evidence, strongest first: the server part of a full JID, the bridge's own LID map (both columns: a LID is
-resolved by its row, and a number in the phone column is proven to be one), and last the numbering plan: a
-valid number of a configured country is *probably* a phone. Validity alone is no proof: about one in fifty
-random 14-digit strings is a valid number somewhere, which is why other countries need the map's word.
+resolved by its row, and a number in the phone column is proven to be one), what the map said before (it
+forgets, and a LID stays a LID; whose it was is not taken from there), and last the numbering plan: a valid
+number of a configured country is *probably* a phone. Validity alone is no proof: about one in fifty random
+14-digit strings is a valid number somewhere, which is why other countries need the map's word.
 
 Rejected: `user.isdigit()` and `len(user) > 11`. The first calls every LID a phone, the second calls every
 foreign phone a LID. Also rejected: a silent "unknown" when the map cannot be read; that is an error of the
@@ -16,8 +17,8 @@ bridge (`MapUnavailableError`), and nothing is judged until it is gone.
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Confidence = Literal["certain", "probable"]
@@ -25,6 +26,7 @@ Confidence = Literal["certain", "probable"]
 _LID_SERVERS = frozenset({"lid", "hosted.lid"})
 _PHONE_SERVERS = frozenset({"s.whatsapp.net", "c.us", "hosted"})
 _PERSON = re.compile(r"[1-9][0-9]{5,19}", re.ASCII)
+_E164 = re.compile(r"[1-9][0-9]{5,14}", re.ASCII)
 _GROUP_PREFIX = "120363"
 _GROUP_MIN_DIGITS = 17
 _E164_MAX_DIGITS = 15
@@ -77,16 +79,30 @@ class Known:
     """What the bridge knows about identities: one consistent reading of its map and of its own account."""
 
     phone_of: Mapping[str, str] = field(default_factory=dict)
-    """LID -> phone digits; the map's `lid` column and its `pn` column."""
+    """LID -> phone digits: the rows of the map whose `pn` can be a phone and is no LID itself."""
     lid_of: Mapping[str, str] = field(default_factory=dict)
-    """Phone digits -> LID: the same rows read the other way."""
+    """Phone digits -> LID: the map read the other way."""
     own: frozenset[str] = frozenset()
     """User parts (phone and LID) of the account that the bridge is logged in with."""
+    lids: frozenset[str] = frozenset()
+    """What is or was in the `lid` column, also beside what can be no phone."""
+    phones: frozenset[str] = frozenset()
+    """What is or was in the `pn` column."""
 
     @classmethod
     def from_rows(cls, rows: Mapping[str, str], own: frozenset[str] = frozenset()) -> "Known":
         """Build both directions from the map's rows, `lid -> pn`."""
-        return cls(phone_of=dict(rows), lid_of={phone: lid for lid, phone in rows.items()}, own=own)
+        lid_of = {phone: lid for lid, phone in rows.items() if _E164.fullmatch(phone)}
+        phone_of = {lid: phone for lid, phone in rows.items() if phone in lid_of and phone not in rows}
+        return cls(phone_of, lid_of, own, frozenset(rows), frozenset(lid_of))
+
+    def with_history(self, seen: Collection[tuple[str, str]]) -> "Known":
+        """Add what was ever in the map, as pairs of LID and phone."""
+        return replace(
+            self,
+            lids=self.lids.union(lid for lid, _ in seen),
+            phones=self.phones.union(phone for _, phone in seen),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +138,7 @@ def decide(user: str, server: str, chat_user: str, known: Known, rules: Rules) -
     """Decide what the normalised user part `user` is; the first evidence that speaks wins.
 
     `server` is the JID's server part or empty, `chat_user` the user part of the chat. The order: what cannot
-    be a person, the bridge's own account, the server part and the map together, the numbering plan. A
+    be a person, the bridge's own account, the server part and the map, what the map was, the plan. A
     contradiction (say, a phone address whose user part the map lists as a LID) is `Unknown`: nothing is
     guessed.
     """
@@ -130,6 +146,7 @@ def decide(user: str, server: str, chat_user: str, known: Known, rules: Rules) -
         _no_person(user, server, chat_user)
         or _own_account(user, known)
         or _by_evidence(user, server, known)
+        or _by_history(user, known)
         or _by_numbering_plan(user, rules)
     )
 
@@ -155,8 +172,8 @@ def _by_evidence(user: str, server: str, known: Known) -> Sender | None:
     mapped_lid, mapped_phone = user in known.phone_of, user in known.lid_of
     if server in _LID_SERVERS or (not server and mapped_lid and not mapped_phone):
         return _resolve(user, known, "a LID address" if server else "in the map's lid column")
-    if server in _PHONE_SERVERS and mapped_lid and not mapped_phone:
-        return Unknown(user, "a phone address, yet the map lists it as a LID")
+    if server in _PHONE_SERVERS and user in known.lids and not mapped_phone:
+        return Unknown(user, "a phone address, yet the map lists it as a LID, or did")
     if not server and mapped_lid and mapped_phone:
         return Unknown(user, "in both columns of the map")
     if server in _PHONE_SERVERS and len(user) > _E164_MAX_DIGITS:
@@ -172,6 +189,16 @@ def _resolve(lid: str, known: Known, reason: str) -> Phone | Lid:
     if phone is None:
         return Lid(lid, "certain", reason)
     return Phone(phone, "certain", f"{reason}, resolved by the map", lid=lid)
+
+
+def _by_history(user: str, known: Known) -> Sender | None:
+    """Judge by what the map said before, or says beside what is no phone; None if that is nothing."""
+    was_lid, was_phone = user in known.lids, user in known.phones
+    if was_lid and was_phone:
+        return Unknown(user, "was in both columns of the map")
+    if was_lid:
+        return Lid(user, "certain", "in the map's lid column, without a phone")
+    return Phone(user, "certain", "was in the map's phone column") if was_phone else None
 
 
 def _by_numbering_plan(user: str, rules: Rules) -> Sender:

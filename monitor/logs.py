@@ -16,12 +16,15 @@ import contextlib
 import logging
 import re
 import sys
+from collections.abc import Iterator
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
+from typing import TextIO
 
 from monitor.errors import ConfigError
 
-_NUMBER = re.compile(r"(?<![0-9A-Za-z])[0-9]{9,}(?![0-9])", re.ASCII)
+# Digits of any script: a person's number in full-width digits is still one.
+_NUMBER = re.compile(r"(?<![0-9A-Za-z])\d{9,}")
 _SHOWN_FIRST = 2
 _SHOWN_LAST = 3
 
@@ -33,12 +36,22 @@ def mask_numbers(text: str) -> str:
     return _NUMBER.sub(_masked, text)
 
 
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Write the lines of the block to stdout in one piece at its end: a batch has hundreds."""
+    with contextlib.ExitStack() as stack:
+        for handler in log.handlers:
+            if isinstance(handler, _Stdout):
+                stack.enter_context(handler.holding())
+        yield
+
+
 def set_up(level: str, *, full_numbers: bool, file: Path | None = None) -> None:
     """Send the monitor's log to stdout and to `file`; called once by a program's start, never at import.
 
     Raises `ConfigError` for a file that cannot be written.
     """
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+    handlers: list[logging.Handler] = [_Stdout()]
     if file is not None:
         try:
             handlers.append(_File(file, encoding="utf-8"))
@@ -66,6 +79,33 @@ class _OneLine(logging.Formatter):
         record.message = text if self._full_numbers else mask_numbers(text)
         record.asctime = self.formatTime(record, self.datefmt)
         return self.formatMessage(record)
+
+
+class _Stdout(logging.StreamHandler[TextIO]):
+    """Writes each line at once, or the lines of a block together."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stdout)
+        self._held: list[str] | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the record, or keep it for the end of the block."""
+        if self._held is None:
+            super().emit(record)
+        else:
+            self._held.append(self.format(record) + self.terminator)
+
+    @contextlib.contextmanager
+    def holding(self) -> Iterator[None]:
+        """Keep the lines of the block, and write them when it ends, by whatever way."""
+        self._held = []
+        try:
+            yield
+        finally:
+            held, self._held = self._held, None
+            with contextlib.suppress(OSError):  # as the library does: nobody reads it any more
+                self.stream.write("".join(held))
+                self.flush()
 
 
 class _File(WatchedFileHandler):

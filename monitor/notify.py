@@ -13,6 +13,8 @@ import time
 
 from sdnotify import SystemdNotifier
 
+from monitor.logs import mask_numbers
+
 _MIN_PING_GAP_SECONDS = 0.2
 
 
@@ -41,8 +43,8 @@ class Notifier:
             self._send("WATCHDOG=1")
 
     def status(self, text: str) -> None:
-        """Show `text` as the status line, if it is a new one."""
-        line = " ".join(text.split())
+        """Show `text` as the status line, if it is a new one; pages show it, so never with a number."""
+        line = mask_numbers(" ".join(text.split()))
         if line != self._status:
             self._status = line
             self._send(f"STATUS={line}")

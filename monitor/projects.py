@@ -13,13 +13,15 @@ one space is a resubmission, in another space it is a new drop.
 """
 
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import yaml
+from yaml.constructor import ConstructorError
 
 from monitor.drops import MAX_DIGITS, MIN_DIGITS
 from monitor.errors import ConfigError
@@ -27,8 +29,10 @@ from monitor.errors import ConfigError
 DEFAULT_DROP_SPACE = "qa"
 
 _STEP = re.compile(r"[^.\[\]]+")
+_GROUP = re.compile(r"[0-9-]{1,250}@g\.us", re.ASCII)
+_NOT_STORED = frozenset({"Cc", "Cs"})
+"""Control characters and lone surrogates: PostgreSQL takes not all of them, and no name has one."""
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=100)]
-_GroupJid = Annotated[str, msgspec.Meta(pattern=r"^[0-9-]+@g\.us$")]
 
 
 class Project(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -36,7 +40,7 @@ class Project(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
     name: _Name
     """As the column `project` spells it."""
-    group_jid: _GroupJid
+    group_jid: str
     description: str
     enabled: bool = False
     drop_space: _Name = DEFAULT_DROP_SPACE
@@ -48,6 +52,31 @@ class Project(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     projects: list[Project]
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, but strict: a key that is there twice is a fault, and every fault has its line.
+
+    PyYAML takes the last of two keys in silence, and a value that only looks like a date or a number ends it
+    with whatever the conversion raises.
+    """
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:  # noqa: ANN401 -- PyYAML's
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError, TypeError) as error:
+            raise ConstructorError(
+                None, None, f"{node.value!r} cannot be read as {node.tag.rpartition(':')[2]}", node.start_mark
+            ) from error
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise ConstructorError(None, None, f"the key {key.value} is there twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 @dataclass(frozen=True)
@@ -82,9 +111,11 @@ def load_projects(path: Path) -> Projects:
 def parse_projects(content: bytes, path: Path) -> Projects:
     """Check the content of the file `path`, as `load_projects` does."""
     try:
-        document = yaml.safe_load(content)
+        document = yaml.load(content, Loader=_Loader)  # noqa: S506 -- a safe loader
     except yaml.YAMLError as error:
         raise ConfigError(f"projects file {path}: not valid YAML: {_yaml_fault(error)}") from error
+    except RecursionError as error:
+        raise ConfigError(f"projects file {path}: not valid YAML: it is nested too deeply") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"projects file {path}: not valid YAML: it is not UTF-8") from error
     try:
@@ -158,6 +189,10 @@ def _line(content: bytes, fault: str) -> str:
     return f"line {line}: " if line else ""
 
 
+def _is_name(text: str) -> bool:
+    return bool(text.strip()) and not any(unicodedata.category(one) in _NOT_STORED for one in text)
+
+
 def _check(projects: Sequence[Project], content: bytes, path: Path) -> None:
     """Refuse what no field shows by itself: repetitions, and types that nothing stores yet."""
     names: set[str] = set()
@@ -166,6 +201,12 @@ def _check(projects: Sequence[Project], content: bytes, path: Path) -> None:
         fault = None
         if project.name in names:
             fault = f"the name {project.name!r} is used twice"
+        elif not _GROUP.fullmatch(project.group_jid):
+            fault = (
+                f"projects[{index}].group_jid: {project.group_jid!r} is no group; write its digits and @g.us"
+            )
+        elif not _is_name(project.name) or not _is_name(project.drop_space):
+            fault = f"projects[{index}]: name and drop_space need a letter and no control characters"
         elif project.group_jid in groups:
             fault = f"the group {project.group_jid} is listed twice"
         elif project.enabled and project.type == "marketing":

@@ -191,10 +191,10 @@ FROM unnest(%(chat_jids)s::text[], %(keys)s::text[], %(numbers)s::text[], %(proj
             %(reasons)s::text[], %(review_ids)s::text[], %(sent_ats)s::timestamptz[], %(confidences)s::text[]) AS event
 
 -- name: insert_pending
-INSERT INTO wa_monitor.pending (source, chat_jid, message_key, drop_number, project, sender, lid, review_id)
+INSERT INTO wa_monitor.pending (source, chat_jid, message_key, drop_number, project, sender, lid, review_id, standing)
 SELECT %(source)s, waiting.*
 FROM unnest(%(chat_jids)s::text[], %(keys)s::text[], %(numbers)s::text[], %(projects)s::text[], %(senders)s::text[],
-            %(lids)s::text[], %(review_ids)s::text[]) AS waiting
+            %(lids)s::text[], %(review_ids)s::text[], %(standings)s::text[]) AS waiting
 
 -- name: drop_pending_of_reviews
 -- Somebody with a phone took these rows over; nobody waits for them any more.
@@ -242,25 +242,37 @@ SELECT * FROM unnest(%(lids)s::text[], %(phones)s::text[])
 ON CONFLICT DO NOTHING
 
 -- name: pending
--- Everything that waits for the map, oldest first, so that of two senders of one row the first to have posted wins.
+-- Everything that waits for the map, oldest first, so that of two senders of one row the last to have posted wins.
 SELECT chat_jid, message_key, drop_number, pending.project, pending.sender, pending.review_id,
        coalesce(event.kind, 'new')
 FROM wa_monitor.pending
 LEFT JOIN wa_monitor.drop_event AS event USING (source, chat_jid, message_key, drop_number)
 WHERE source = %(source)s
-ORDER BY pending.since, chat_jid, message_key
+ORDER BY pending.position
 
 -- name: complete_review
--- The map knows the sender now. Guarded: a row that has got a sender meanwhile keeps it, unless it is this sender's own
--- LID, which a faulty version put there. Nothing else is touched, not even updated_at, because nobody resubmitted
--- anything.
-UPDATE public.qa_photo_reviews
+-- The map knows the sender now. Guarded: a row that shows another sender than when this one posted keeps it, unless it is
+-- this sender's own LID, which a faulty version put there. Nothing else is touched, not even updated_at, because nobody
+-- resubmitted anything.
+UPDATE public.qa_photo_reviews AS review
 SET submitted_by = %(phone)s,
-    user_name = CASE WHEN user_name = ANY (%(placeholders)s) OR user_name = %(unresolved)s
+    user_name = CASE WHEN user_name = ANY (%(placeholders)s) OR user_name IN (%(unresolved)s, waiting.standing)
                 THEN %(phone)s ELSE user_name END
-WHERE drop_number = %(number)s AND id::text = %(review_id)s
-  AND (submitted_by IS NULL OR submitted_by = %(unresolved)s) AND submitted_by IS DISTINCT FROM %(phone)s
+FROM wa_monitor.pending AS waiting
+WHERE waiting.source = %(source)s AND waiting.chat_jid = %(chat_jid)s AND waiting.message_key = %(key)s
+  AND waiting.drop_number = %(number)s
+  AND review.drop_number = %(number)s AND review.id::text = waiting.review_id
+  AND (submitted_by IS NULL OR submitted_by IN (%(unresolved)s, waiting.standing))
+  AND submitted_by IS DISTINCT FROM %(phone)s
 RETURNING submitted_by::text, user_name::text
+
+-- name: move_standing
+-- Whoever posted later for the same row, and waits, finds this sender in it instead.
+UPDATE wa_monitor.pending AS later
+SET standing = %(phone)s
+FROM wa_monitor.pending AS done
+WHERE done.source = %(source)s AND done.chat_jid = %(chat_jid)s AND done.message_key = %(key)s
+  AND done.drop_number = %(number)s AND later.review_id = done.review_id AND later.position > done.position
 
 -- name: complete_event
 -- Which code filled in the sender, and when; the phone only if it is one.
@@ -271,6 +283,10 @@ WHERE source = %(source)s AND chat_jid = %(chat_jid)s AND message_key = %(key)s 
 -- name: delete_pending
 DELETE FROM wa_monitor.pending
 WHERE source = %(source)s AND chat_jid = %(chat_jid)s AND message_key = %(key)s AND drop_number = %(number)s
+
+-- name: mappings
+-- Every mapping that the bridge ever showed.
+SELECT lid, phone FROM wa_monitor.lid_seen
 
 -- name: mappings_seen
 -- Every LID that the bridge ever showed, and its phone if there was never another.
@@ -311,11 +327,14 @@ WHERE source = %(source)s AND sent_at BETWEEN %(now)s::timestamptz - interval '2
 SELECT count(*) FROM wa_monitor.repair
 
 -- name: lid_rows
--- The rows that hold a LID which the map can resolve, of messages sent since then.
+-- The rows that hold a LID which the map can resolve, of messages sent since then; if asked for, also those that hold the
+-- full address of a phone.
 SELECT id::text, drop_number::text, coalesce(project, '')::text, submitted_by::text, user_name::text
 FROM public.qa_photo_reviews AS review
 WHERE (btrim(substring(submitted_by FROM '^\s*[+]?([^@:.]*)')) IN (SELECT unnest(%(lids)s::text[]))
-       OR btrim(substring(user_name FROM '^\s*[+]?([^@:.]*)')) IN (SELECT unnest(%(lids)s::text[])))
+       OR btrim(substring(user_name FROM '^\s*[+]?([^@:.]*)')) IN (SELECT unnest(%(lids)s::text[]))
+       OR %(addresses)s::boolean AND (submitted_by ~* '@(s[.]whatsapp[.]net|c[.]us|hosted)\s*$'
+                                      OR user_name ~* '@(s[.]whatsapp[.]net|c[.]us|hosted)\s*$'))
   AND (%(since)s::timestamptz IS NULL OR coalesce(whatsapp_message_date, created_at) >= %(since)s::timestamptz)
 
 -- name: rows_put_back

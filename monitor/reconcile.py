@@ -8,19 +8,19 @@ as lost.
 Rejected: comparing counts. Two errors that cancel each other out would look like none.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 
 import msgspec
 
 from monitor import cursor
 from monitor.bridge import Bridge
-from monitor.cursor import Cursor
 from monitor.database import Database
 from monitor.decision import Decided, Decider
 from monitor.identity import Known
-from monitor.ledger import fate, ledger_entries
+from monitor.ledger import Beginning, fate, ledger_entries
 from monitor.messages import Message
 
 
@@ -67,10 +67,12 @@ def reconcile(
 ) -> Comparison:
     """Compare both sides for messages sent since then; raises `StoreError` or `BridgeError`."""
     seen = cursor.look(database, source)
+    beginning = None if seen is None else Beginning.of(database, source, seen)
     result = Comparison()
     for page in bridge.pages():
         decided = [decider.decide(row, known) for row in page]
-        _compare([one for one in decided if _is_meant(one, since)], database, source, seen, result)
+        meant = [one for one in decided if _is_meant(one, since)]
+        _compare(meant, database, source, partial(fate, seen=seen, beginning=beginning), result)
     window = {"since": since, "source": source}
     result.gone = [Difference(*row) for row in database.rows("reconcile_gone", window)]
     result.foreign = [Difference(*row) for row in database.rows("reconcile_foreign", window)]
@@ -85,7 +87,11 @@ def _is_meant(one: Decided, since: datetime | None) -> bool:
 
 
 def _compare(
-    page: Sequence[Decided], database: Database, source: str, seen: Cursor | None, result: Comparison
+    page: Sequence[Decided],
+    database: Database,
+    source: str,
+    fate_of: Callable[..., str],
+    result: Comparison,
 ) -> None:
     result.messages += len(page)
     wanted = [one for one in page if one.outcome in {"drops", "dead_letter"}]
@@ -98,7 +104,7 @@ def _compare(
     for one in wanted:
         result.drops += len(one.drops)
         left = [number for number in _numbers(one) if (*one.id, number) not in stored]
-        what = fate(one, seen, ledger.get(one.id)) if left else ""
+        what = fate_of(one, entry=ledger.get(one.id)) if left else ""
         if what == "not_read_yet":
             result.not_read_yet += 1
         elif what in {"missing", "rejected"}:

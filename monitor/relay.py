@@ -27,7 +27,7 @@ import select
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -42,7 +42,8 @@ from monitor.database import Database, connect
 from monitor.decision import Decider
 from monitor.errors import ConfigError, MonitorError, StoreError, StoreRefusedError
 from monitor.identity import Known, Phone
-from monitor.logs import log
+from monitor.ledger import Beginning
+from monitor.logs import log, together
 from monitor.messages import Message, Place, Unreadable
 from monitor.metrics import MonitorMetrics
 from monitor.notify import Notifier
@@ -66,6 +67,7 @@ _PROJECTS_LOOK_SECONDS = 1.0
 _FIRST_PAUSE_SECONDS = 0.1
 _LONGEST_PAUSE_SECONDS = 5.0
 _PING_SECONDS = 1.0
+_ALARM_SECONDS = 1.0
 _USUAL_SECONDS = 600.0
 _RENEWALS_PER_LEASE = 3
 # Counting LIDs reads the whole table: on a large one it may take a tenth of the time, not more.
@@ -236,17 +238,13 @@ class Relay:
             self._metrics.show_since(seen.totals)
         else:
             self._metrics.update(totals=seen.totals)
-        handled = {
-            chat: datetime.fromisoformat(text)
-            for (positions,) in database.rows("adopted_positions", {"source": held.source})
-            for chat, text in positions.items()
-        }
+        beginning = Beginning.of(database, held.source, seen)
         store = Store(
             database,
             held,
             self._projects.projects,
             check_table=check_reviews,
-            handled_until=handled,
+            handled_until=beginning.handled,
             business_zone=self._settings.business_zone,
         )
         writer = _Writer(
@@ -255,7 +253,7 @@ class Relay:
             database,
             seen,
             self._settings,
-            handled=handled,
+            beginning=beginning,
             notifier=self._notifier,
             metrics=self._metrics,
         )
@@ -367,7 +365,7 @@ class _Writer:
         seen: Cursor,
         settings: Settings,
         *,
-        handled: Mapping[str, datetime],
+        beginning: Beginning,
         notifier: Notifier,
         metrics: MonitorMetrics,
     ) -> None:
@@ -375,16 +373,16 @@ class _Writer:
         self._store = store
         self._database = database
         self._settings = settings
-        self._handled = handled
+        self._beginning = beginning
         self._notifier = notifier
         self._metrics = metrics
         self._decider = Decider.of(settings, store.projects)
         self._place = seen.place
-        self._since = seen.since
-        self._since_rowid = seen.since_rowid
-        self._known: Known | None = None
+        self._read: Known | None = None
+        """What the bridge's map was when it was last learnt; `_known` holds what it was before as well."""
+        self._known = Known()
         self._newest = datetime.min.replace(tzinfo=UTC)
-        self._in_episode = False
+        self._alarm = _Due(_ALARM_SECONDS)
         self._renewal = _Due(settings.lease_seconds / _RENEWALS_PER_LEASE)
         self._count = _Due(settings.scan_interval_seconds)
         self._usual = _Due(_USUAL_SECONDS)
@@ -400,8 +398,7 @@ class _Writer:
         """Read the last rows before the cursor once more: the overlap that makes a takeover safe."""
         if self._place.rowid:
             page = self._bridge.read_after(self._place, 1)
-            if self._since_rowid is not None and page.rescan_from == 0:
-                self._since_rowid = self._bridge.end().rowid
+            self._note_replacement(page)
             overlap = max(0, self._place.rowid - LOOK_BACK_ROWS)
             self._go_back(overlap if page.rescan_from is None else page.rescan_from, page.end.file)
 
@@ -411,7 +408,7 @@ class _Writer:
         What was refused may have been the table's fault, or a former version's.
         """
         ids = self._store.dead_letters()
-        known = self._bridge.known()
+        known = self._learnt()
         for first in range(0, len(ids), BATCH_MESSAGES):
             found = self._bridge.find(ids[first : first + BATCH_MESSAGES])
             rows = [row for row in found if row.rowid <= self._place.rowid]
@@ -421,14 +418,11 @@ class _Writer:
 
     def turn(self) -> bool:
         """Do everything that there is to do once; return whether there was a batch: more may follow."""
-        known = self._bridge.known()
-        if known is not self._known:
-            self._learn(known)
+        known = self._learnt()
         page = self._bridge.read_after(self._place, BATCH_MESSAGES)
         if page.rescan_from is not None:
             log.warning("The bridge's file is not what it was, reading again from row %d", page.rescan_from)
-            if self._since_rowid is not None and page.rescan_from == 0:
-                self._since_rowid = self._bridge.end().rowid
+            self._note_replacement(page)
             self._go_back(page.rescan_from, page.end.file)
         elif page.rows:
             self._store_page(page, known)
@@ -443,15 +437,27 @@ class _Writer:
         """Let the next owner take over."""
         self._store.release()
 
+    def _note_replacement(self, page: Page) -> None:
+        """After a first start with `--since now` what a new file holds counts as having been there before."""
+        if self._beginning.since_rowid is not None and page.rescan_from == 0:
+            self._beginning = replace(self._beginning, since_rowid=self._bridge.end().rowid)
+
     def _go_back(self, rowid: int, file: str) -> None:
         """Move the cursor back; the ledger keeps what is read again from being stored again."""
         place = Place(rowid=rowid, file=file)
-        self._store.rewind(self._place, place, self._since_rowid)
+        self._store.rewind(self._place, place, self._beginning.since_rowid)
         self._place = place
 
-    def _learn(self, known: Known) -> None:
+    def _learnt(self) -> Known:
+        """Return what is known of identities; new mappings are dealt with first."""
+        read = self._bridge.known()
+        if read is not self._read:
+            self._learn(read)
+        return self._known
+
+    def _learn(self, read: Known) -> None:
         """Log new mappings, and complete the drops whose sender they name."""
-        self._store.remember(known)
+        known = read.with_history(self._store.remember(read))
         found = [
             (drop, phone)
             for drop in self._store.pending()
@@ -467,11 +473,11 @@ class _Writer:
                     log.info(
                         "Resolved LID %s -> %s for %s", one.drop.sender, one.phone.digits, one.drop.number
                     )
-        self._known = known
+        self._read, self._known = read, known
 
     def _store_page(self, page: Page, known: Known) -> None:
         """Decide and store one batch."""
-        self._store_rows([row for row in page.rows if not self._is_too_old(row)], page.end, known)
+        self._store_rows([row for row in page.rows if not self._beginning.is_after(row)], page.end, known)
         self._report_times(page.rows)
 
     def _store_rows(self, rows: Sequence[Message | Unreadable], end: Place, known: Known) -> None:
@@ -483,19 +489,12 @@ class _Writer:
         self._renewal.done()
         self._metrics.update(totals=written.totals)
         self._metrics.count_batch(time.monotonic() - began_seconds)
-        for drop in written.stored:
-            self._log_drop(drop)
+        with together():
+            for drop in written.stored:
+                self._log_drop(drop)
         for (chat_jid, key), reason in written.dead.items():
             self._metrics.count_error(StoreRefusedError.label)
             log.error("Dead letter: message %s in %s: %s", key, chat_jid, reason)
-
-    def _is_too_old(self, row: Message | Unreadable) -> bool:
-        """Tell whether a message was sent before the time from which on messages are ours."""
-        if self._since_rowid is not None and row.rowid > self._since_rowid:
-            return False
-        handled = self._handled.get(row.chat_jid)
-        since = self._since if handled is None else handled - OVERLAP
-        return since is not None and isinstance(row, Message) and row.sent_at < since
 
     def _log_drop(self, drop: StoredDrop) -> None:
         """Write the lines that operators look for."""
@@ -520,11 +519,11 @@ class _Writer:
             self._raise_alarm(drop.number, drop.project.name)
 
     def _raise_alarm(self, number: str, project: str) -> None:
-        """Report a LID that stands where a phone belongs; the supervisor is asked once an episode."""
+        """Report a LID that was stored where a phone belongs; the supervisor is asked once a second."""
         log.error("LID stored as a sender: %s in %s", number, project)
         self._count.next_seconds = min(self._count.next_seconds, time.monotonic())
-        if not self._in_episode:
-            self._in_episode = True
+        if self._alarm.now():
+            self._alarm.done()
             self._notifier.suspect("lid-regression")
 
     def _report_times(self, rows: Sequence[Message | Unreadable]) -> None:
@@ -558,7 +557,6 @@ class _Writer:
         if self._usual.now():
             self._metrics.update(usual_messages=census.usual_messages(self._database, self._settings.source))
             self._usual.done()
-        self._in_episode = self._in_episode and bool(standing)
         self._repair_what_stands(known, standing=bool(standing))
         self._count.done(time.monotonic() - began_seconds)
 

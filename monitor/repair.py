@@ -9,14 +9,17 @@ next run does the rest.
 `undo` puts the old values of a run back, in one transaction, where its new values still stand. What somebody
 has changed since is his. What was put back stays so for the automatic repair; an operator's run repairs it.
 
+An operator's run also cuts the full address of a phone (another writer stored those) to its digits.
+
 Nothing is guessed. What looks like a LID and is not in the map is listed, for a person.
 
 Rejected: repairing through the relay's own resolver. The value in question went through it once already.
 """
 
+import re
 import secrets
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -28,6 +31,10 @@ from monitor.identity import Known
 from monitor.judgement import user_part
 
 _BATCH_ROWS = 5000
+_PHONE_ADDRESS = re.compile(
+    r"\s*\+?[1-9][0-9]{5,14}(?:\.[0-9]+)?(?::[0-9]+)?@(?:s\.whatsapp\.net|c\.us|hosted)\s*",
+    re.ASCII | re.IGNORECASE,
+)
 
 Progress = Callable[[int, int], None]
 """Told after each batch how many rows were done, and of how many."""
@@ -80,10 +87,12 @@ def repair(
     With `since` only in rows of messages that were sent from then on. Raises `StoreError`.
     """
     report = Report(_new_run_id(), dry_run)
-    phones = _phones(database, known)
-    found = _find(database, phones, since)
+    resolve = _Resolver.of(database, known, addresses=True)
+    found = _find(database, resolve, since)
     done = 0
-    for batch in [_repaired(found, phones)] if dry_run else _batches(database, found, phones, report.run_id):
+    for batch in (
+        [_repaired(found, resolve)] if dry_run else _batches(database, found, resolve, report.run_id)
+    ):
         report.repaired.update(row.project for row in batch)
         done += len(batch)
         progress(done, len(found))
@@ -94,11 +103,11 @@ def repair(
 def repair_some(database: Database, known: Known) -> Report:
     """Do one batch, for a monitor that has other work; what an operator has put back is left."""
     report = Report(_new_run_id(), dry_run=False)
-    phones = _phones(database, known)
+    resolve = _Resolver.of(database, known, addresses=False)
     with database.patient_transaction():
         put_back = set(database.rows("rows_put_back"))
-        found = [row for row in _find(database, phones) if (row[0], row[3], row[4]) not in put_back]
-    for batch in _batches(database, found[:_BATCH_ROWS], phones, report.run_id):
+        found = [row for row in _find(database, resolve) if (row[0], row[3], row[4]) not in put_back]
+    for batch in _batches(database, found[:_BATCH_ROWS], resolve, report.run_id):
         report.repaired.update(row.project for row in batch)
     return report
 
@@ -115,40 +124,61 @@ def undo(database: Database, run_id: str) -> Undone:
     return Undone(restored, left)
 
 
-def _phones(database: Database, known: Known) -> dict[str, str]:
-    return {lid: phone for lid, phone in lids_of(database, known).items() if phone is not None}
+@dataclass(frozen=True)
+class _Resolver:
+    """What is to stand in a column instead of what stands there."""
+
+    phones: Mapping[str, str]
+    """LID -> phone, as far as there is exactly one that is no LID itself."""
+    lids: Container[str]
+    addresses: bool
+    """Whether the full address of a phone is cut to its digits."""
+
+    @classmethod
+    def of(cls, database: Database, known: Known, *, addresses: bool) -> "_Resolver":
+        lids = lids_of(database, known)
+        phones = {lid: phone for lid, phone in lids.items() if phone is not None and phone not in lids}
+        return cls(phones, lids, addresses)
+
+    def __call__(self, value: str | None) -> str | None:
+        """Return the phone for a LID, with or without an address around it; any other value as it is."""
+        if value is None:
+            return None
+        user = user_part(value)
+        if self.addresses and user not in self.lids and _PHONE_ADDRESS.fullmatch(value):
+            return user
+        return self.phones.get(user, value)
 
 
-def _find(
-    database: Database, phones: Mapping[str, str], since: datetime | None = None
-) -> list[tuple[Any, ...]]:
-    return database.rows("lid_rows", {"lids": list(phones), "since": since})
+def _find(database: Database, resolve: _Resolver, since: datetime | None = None) -> list[tuple[Any, ...]]:
+    asked = {"lids": list(resolve.phones), "addresses": resolve.addresses, "since": since}
+    return database.rows("lid_rows", asked)
 
 
 def _batches(
-    database: Database, found: Sequence[Sequence[Any]], phones: Mapping[str, str], run_id: str
+    database: Database, found: Sequence[Sequence[Any]], resolve: _Resolver, run_id: str
 ) -> Iterator[list[Repaired]]:
     """Yield the rows of each batch once they are repaired and committed."""
     for first in range(0, len(found), _BATCH_ROWS):
         part = found[first : first + _BATCH_ROWS]
         with database.transaction():
             asked = {"review_ids": [row[0] for row in part], "numbers": [row[1] for row in part]}
-            batch = _repaired(database.rows("lock_rows", asked), phones)
+            batch = _repaired(database.rows("lock_rows", asked), resolve)
             _apply(database, batch, run_id)
         yield batch
 
 
-def _repaired(rows: Sequence[Sequence[Any]], phones: Mapping[str, str]) -> list[Repaired]:
-    """Say what is to become of rows as the statements return them; those that hold no LID stay."""
+def _repaired(rows: Sequence[Sequence[Any]], resolve: _Resolver) -> list[Repaired]:
+    """Say what is to become of rows as the statements return them; those that hold what they should stay."""
     all_rows = [
         Repaired(
             review_id,
             number,
             project,
             submitted_by,
-            _resolved(submitted_by, phones),
+            resolve(submitted_by),
             user_name,
-            _resolved(user_name, phones),
+            resolve(user_name),
         )
         for review_id, number, project, submitted_by, user_name in rows
     ]
@@ -157,11 +187,6 @@ def _repaired(rows: Sequence[Sequence[Any]], phones: Mapping[str, str]) -> list[
         for row in all_rows
         if (row.old_submitted_by, row.old_user_name) != (row.new_submitted_by, row.new_user_name)
     ]
-
-
-def _resolved(value: str | None, phones: Mapping[str, str]) -> str | None:
-    """Return the phone for a LID, with or without an address around it; any other value as it is."""
-    return None if value is None else phones.get(user_part(value), value)
 
 
 def _apply(database: Database, batch: Sequence[Repaired], run_id: str) -> None:

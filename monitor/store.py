@@ -17,8 +17,9 @@ it is tried again.
 
 A drop whose sender has no phone yet is stored at once: `submitted_by` stays NULL, which the dashboard knows
 from rows typed in by hand, `user_name` (NOT NULL) gets a placeholder, and the row is completed when the map
-learns the sender. A resubmission does not move `whatsapp_message_date` or `review_date`: the drop would
-count for another day.
+learns the sender. A resubmission by such a sender leaves the former one in the row until then: a row shows
+the last poster who is known. A resubmission does not move `whatsapp_message_date` or `review_date`: the drop
+would count for another day.
 
 A row that was there before the monitor is taken as the drop's row: a message that has its drop and its time
 already is entered and changes nothing (`known`), and so is every message that the old monitor had dealt with,
@@ -158,6 +159,8 @@ class Store:
         self._check_table = check_table
         self._handled_until = handled_until or {}
         self._zone = business_zone
+        self._seen: set[tuple[str, str]] = set()
+        """LIDs and phones that are in the log of mappings."""
         self.projects = projects
 
     def write(self, start: Place, decided: Sequence[Decided], end: Place, known: Known) -> Written:
@@ -220,12 +223,16 @@ class Store:
             self._database.run("set_totals", {**self._held.key, "totals": Jsonb(totals.to_json())})
         return completed, totals
 
-    def remember(self, known: Known) -> None:
-        """Log mappings that were not seen before: the bridge's own map forgets."""
+    def remember(self, known: Known) -> Collection[tuple[str, str]]:
+        """Log mappings that were not seen before and return all: the bridge's own map forgets."""
         with self._database.patient_transaction():
-            self._database.run(
-                "remember_mappings", {"lids": list(known.phone_of), "phones": list(known.phone_of.values())}
-            )
+            seen = self._seen or set(self._database.rows("mappings"))
+            new = sorted(known.phone_of.items() - seen)
+            if new:
+                lids, phones = zip(*new, strict=True)
+                self._database.run("remember_mappings", {"lids": list(lids), "phones": list(phones)})
+        self._seen = seen.union(new)
+        return self._seen
 
     def renew(self) -> None:
         """Show a sign of life between batches."""
@@ -418,7 +425,8 @@ class Store:
     def _record_pending(self, stored: Sequence[StoredDrop]) -> None:
         """Put drops without a sender on the waiting list, and take rows off it that have got one.
 
-        A row may get one within the batch: who came before that does not wait either.
+        A row may get one within the batch: who came before that does not wait either. Who comes after waits
+        for a row that shows somebody else.
         """
         waiting: dict[str, list[StoredDrop]] = {}
         taken: list[str] = []
@@ -427,13 +435,16 @@ class Store:
                 waiting.pop(one.review_id, None)
                 if one.kind == "resubmission":
                     taken.append(one.review_id)
-            elif one.submitted_by is None:
+            else:
                 waiting.setdefault(one.review_id, []).append(one)
         if taken:
             self._database.run("drop_pending_of_reviews", {"review_ids": taken})
         if waiting:
             drops = list(itertools.chain.from_iterable(waiting.values()))
-            self._database.run("insert_pending", {**self._code(), **_event_ids(drops)})
+            standings = [one.submitted_by for one in drops]
+            self._database.run(
+                "insert_pending", {**self._code(), **_event_ids(drops), "standings": standings}
+            )
 
     def _record(
         self, fresh: Sequence[Decided], dead: Mapping[MessageId, str], before: Mapping[MessageId, str]
@@ -488,7 +499,6 @@ class Store:
             "chat_jid": drop.chat_jid,
             "key": drop.key,
             "number": drop.number,
-            "review_id": drop.review_id,
             "phone": phone.digits,
             "known_phone": phone.digits if is_phone else None,
             "unresolved": parse_jid(drop.sender).user,
@@ -502,6 +512,8 @@ class Store:
                 settled = is_phone and judgement in {None, "phone"}
                 if rows or settled:
                     self._database.run("complete_event", event)
+                if rows and settled:
+                    self._database.run("move_standing", event)
                 if settled:
                     self._database.run("delete_pending", event)
         except StoreRefusedError:
@@ -510,7 +522,7 @@ class Store:
 
     @staticmethod
     def _judge(row: Sequence[str | None], known: Known) -> Judgement:
-        return judge(*row, lids=known.phone_of, phones=known.lid_of)
+        return judge(*row, lids=known.lids, phones=known.lid_of)
 
     def _local(self, instant: datetime) -> str:
         return f"{instant.astimezone(self._zone):%Y-%m-%d %H:%M %Z}"
@@ -548,7 +560,7 @@ def _judged(
 ) -> StoredDrop:
     """Judge a row by what it holds after the write: its id and its two sender columns."""
     review_id, submitted_by, user_name = row
-    judgement = judge(submitted_by, user_name, lids=known.phone_of, phones=known.lid_of)
+    judgement = judge(submitted_by, user_name, lids=known.lids, phones=known.lid_of)
     return StoredDrop(
         drop.message, drop.number, drop.project, drop.sender, kind, review_id, submitted_by, judgement
     )

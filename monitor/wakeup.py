@@ -91,6 +91,7 @@ class Wakeup:
             observer.start()
         except OSError:  # no watches left, no such folder: the looks go on
             return
+        _keep_from_children()
         self._observer = observer
         self.trusted = True
 
@@ -119,6 +120,15 @@ class _Ringer(FileSystemEventHandler):
                 with contextlib.suppress(BlockingIOError):  # it rings already
                     os.write(self._writer, b"x")
                 return
+
+
+def _keep_from_children() -> None:
+    """Close the observer's descriptor in programs that this process starts: the library leaves it open."""
+    with contextlib.suppress(OSError):  # no /proc
+        for entry in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(OSError):  # it is closed meanwhile
+                if str(entry.readlink()) == "anon_inode:inotify":
+                    os.set_inheritable(int(entry.name), False)
 
 
 def _has_content(path: str) -> bool:

@@ -8,8 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from monitor.settings import Settings, Values, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
     from datetime import datetime
 
     from monitor.demo.bridge import SyntheticBridge
@@ -60,6 +62,30 @@ def relay_once(settings: Settings) -> Callable[..., MonitorMetrics]:
                 changed, ProjectsFile(changed.projects), notifier=notifier, metrics=metrics, stop=stop
             ).run()
         return metrics
+
+    return run
+
+
+@pytest.fixture
+def relay_running(settings: Settings) -> Callable[..., AbstractContextManager[MonitorMetrics]]:
+    """Run the real relay in a thread while a block runs; fields of the settings can be replaced by name."""
+
+    @contextmanager
+    def run(**changes: Any) -> Iterator[MonitorMetrics]:
+        changed = replace(settings, once=False, **changes)
+        assert changed.projects is not None
+        metrics = MonitorMetrics()
+        with closing(Stop()) as stop, closing(Notifier()) as notifier:
+            relay = Relay(
+                changed, ProjectsFile(changed.projects), notifier=notifier, metrics=metrics, stop=stop
+            )
+            thread = threading.Thread(target=relay.run)
+            thread.start()
+            try:
+                yield metrics
+            finally:
+                stop.request()
+                thread.join()
 
     return run
 

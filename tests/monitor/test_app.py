@@ -18,6 +18,7 @@ import pytest
 
 from monitor import app
 from monitor.demo.bridge import NORTHFIELD, SyntheticBridge
+from monitor.logs import mask_numbers
 from monitor.settings import Values
 
 if TYPE_CHECKING:
@@ -74,6 +75,20 @@ def test_log_has_the_lines_operators_look_for_and_no_readable_number(
         assert line in output
     assert PHONE not in output
     assert LID not in output
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "27711234567",
+        "+27711234567",
+        "\uff12\uff17\uff17\uff11\uff11\uff12\uff13\uff14\uff15",
+        "DR1000001 by 27711234567@lid",
+    ],
+)
+def test_number_is_masked_in_every_script(text: str) -> None:
+    assert "*" in mask_numbers(text)
+    assert mask_numbers("DR10000001 and 3A0123456789ABC") == "DR10000001 and 3A0123456789ABC"
 
 
 def test_log_file_survives_rotation_and_a_disk_that_takes_nothing(

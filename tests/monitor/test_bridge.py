@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
+import subprocess
+import sys
 from contextlib import closing
 from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -23,8 +26,8 @@ from monitor.messages import Message, Place, Unreadable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
+REPOSITORY = Path(__file__).parents[2]
 PHONE = "27711234567"
 LID = "100000000000017"
 
@@ -71,6 +74,28 @@ def test_both_offsets_of_one_column_become_the_same_instants(bridge: SyntheticBr
     assert isinstance(first, Message)
     assert isinstance(second, Message)
     assert first.sent_at == second.sent_at == noon
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "2026-11-23 10:00:00+02:00",
+        "2026-11-23T08:00:00Z",
+        "2026-11-23 10:00:00+0200",
+        "2026-11-23 08:00:00.000000000+00:00",
+        "2026-11-23 10:00:00 +0200 SAST",
+        "2026-11-23 08:00:00 +0000 UTC",
+        "2026-11-23 08:00:00 +0000 +0000",
+        "2026-11-23 10:00:00.0000001 +0200 SAST m=+12.345678901",
+    ],
+)
+def test_every_spelling_of_an_instant_is_the_same_instant(
+    bridge: SyntheticBridge, reader: Bridge, text: str
+) -> None:
+    _insert(bridge, timestamp=text)
+    (message,) = reader.read_after(Place(), 10).rows
+    assert isinstance(message, Message)
+    assert message.sent_at == datetime(2026, 11, 23, 8, tzinfo=UTC)
 
 
 def _insert(bridge: SyntheticBridge, **columns: object) -> None:
@@ -192,6 +217,80 @@ def test_file_that_lost_rows_is_noticed(bridge: SyntheticBridge, reader: Bridge)
     assert reader.read_after(end, 10).rescan_from == 0
 
 
+def _restore(bridge: SyntheticBridge, backup: bytes) -> None:
+    """Write a backup over the file, which stays the same one."""
+    bridge.messages_db.write_bytes(backup)
+
+
+def test_backup_that_grew_beyond_the_place_over_a_gap_is_read_from_the_beginning(
+    bridge: SyntheticBridge,
+) -> None:
+    _post(bridge, "old")
+    backup = bridge.messages_db.read_bytes()
+    rows = LOOK_BACK_ROWS + 10
+    _many(bridge, "lost", rows)
+    with closing(Bridge(bridge.messages_db)) as reader:
+        end = reader.read_after(Place(), rows + 10).end
+    _restore(bridge, backup)
+    _many(bridge, "new", rows + 10)
+    with closing(sqlite3.connect(bridge.messages_db, isolation_level=None)) as connection:
+        connection.execute("DELETE FROM messages WHERE rowid = ?", (end.rowid,))
+    with closing(Bridge(bridge.messages_db)) as reader:
+        assert reader.read_after(end, 10).rescan_from == 0
+
+
+def test_backup_below_a_place_that_was_just_gone_back_to_is_read_from_the_beginning(
+    bridge: SyntheticBridge,
+) -> None:
+    _post(bridge, "old")
+    with closing(Bridge(bridge.messages_db)) as reader:
+        file = reader.end().file
+        assert reader.read_after(Place(rowid=5000, file=file), 10).rescan_from == 0
+        assert reader.read_after(Place(rowid=1, file=file), 10).rescan_from is None
+
+
+def _many(bridge: SyntheticBridge, prefix: str, rows: int) -> None:
+    with closing(sqlite3.connect(bridge.messages_db)) as connection:
+        connection.executemany(
+            "INSERT INTO messages (id, chat_jid, sender, content, timestamp, is_from_me)"
+            " VALUES (?, ?, ?, '', '2026-11-23 10:00:00+02:00', 0)",
+            [(f"{prefix}{number}", NORTHFIELD, PHONE) for number in range(rows)],
+        )
+        connection.commit()
+
+
+def test_map_that_was_away_meanwhile_is_read_again(bridge: SyntheticBridge, reader: Bridge) -> None:
+    assert reader.known().phone_of == {}
+    away = bridge.whatsapp_db.rename(bridge.folder / "away")
+    with pytest.raises(MapUnavailableError):
+        reader.known()
+    with closing(sqlite3.connect(away, isolation_level=None)) as connection:
+        connection.execute("INSERT INTO whatsmeow_lid_map VALUES (?, ?)", (LID, PHONE))
+    away.rename(bridge.whatsapp_db)
+    assert reader.known().phone_of == {LID: PHONE}
+
+
+def test_map_is_cut_to_user_parts_and_what_is_nobody_is_left_out(
+    bridge: SyntheticBridge, reader: Bridge
+) -> None:
+    with closing(sqlite3.connect(bridge.whatsapp_db, isolation_level=None)) as connection:
+        connection.executemany(
+            "INSERT INTO whatsmeow_lid_map VALUES (?, ?)",
+            [
+                (f"{LID}:7@lid", f"{PHONE}.0:3@s.whatsapp.net"),
+                ("", "1"),
+                ("\0", "2"),
+                (b"\xff", "3"),
+                ("\u00b2" * 14, "4"),
+                ("90000000000019", "\u0662" * 11),
+            ],
+        )
+    known = reader.known()
+    assert known.phone_of == {LID: PHONE}
+    assert known.lid_of == {PHONE: LID}
+    assert known.lids == {LID, "90000000000019"}
+
+
 def test_map_is_read_in_both_directions_with_the_own_account(bridge: SyntheticBridge, reader: Bridge) -> None:
     bridge.map_lid(LID, PHONE)
     bridge.set_device("12015550123:7@s.whatsapp.net", "100000000000099:7@lid")
@@ -204,6 +303,12 @@ def test_map_is_read_in_both_directions_with_the_own_account(bridge: SyntheticBr
 def test_map_is_read_again_only_after_a_change(bridge: SyntheticBridge, reader: Bridge) -> None:
     first = reader.known()
     assert reader.known() is first
+    bridge.set_device("12015550123:7@s.whatsapp.net", "100000000000099:7@lid")
+    second = reader.known()
+    assert second is not first
+    with closing(sqlite3.connect(bridge.whatsapp_db, isolation_level=None)) as connection:
+        connection.execute("CREATE TABLE another (a)")
+    assert reader.known() is second
     bridge.map_lid(LID, PHONE)
     assert reader.known().phone_of == {LID: PHONE}
 
@@ -292,3 +397,83 @@ def test_bridge_with_a_write_ahead_log_is_read_while_it_writes_and_after_it_ende
             assert (bridge.folder / "messages.db-wal").exists()
     with closing(Bridge(bridge.messages_db)) as reader:
         assert [row.content for row in reader.read_after(Place(), 10).rows] == ["two"]
+
+
+def test_bridge_that_rests_with_a_write_ahead_log_is_read_without_leaving_a_file(
+    bridge: SyntheticBridge, reader: Bridge
+) -> None:
+    _write_ahead(bridge)
+    _post(bridge, "one")
+    before = sorted(bridge.folder.iterdir())
+    assert _texts(reader.read_after(Place(), 10).rows) == ["one"]
+    assert reader.known().phone_of == {}
+    assert sorted(bridge.folder.iterdir()) == before
+    _post(bridge, "two")  # it wrote, and ended again
+    bridge.map_lid(LID, PHONE)
+    assert sorted(bridge.folder.iterdir()) == before
+    assert _texts(reader.read_after(Place(), 10).rows) == ["one", "two"]
+    assert reader.known().phone_of == {LID: PHONE}
+    with closing(sqlite3.connect(bridge.messages_db, isolation_level=None)) as writer:
+        writer.execute("INSERT OR REPLACE INTO chats VALUES ('x', '', '')")
+        _post(bridge, "three")
+        assert _texts(reader.read_after(Place(), 10).rows) == ["one", "two", "three"]
+    _post(bridge, "four")
+    assert _texts(reader.read_after(Place(), 10).rows) == ["one", "two", "three", "four"]
+
+
+def _write_ahead(bridge: SyntheticBridge) -> None:
+    for path in (bridge.messages_db, bridge.whatsapp_db):
+        with closing(sqlite3.connect(path)) as connection:
+            assert connection.execute("PRAGMA journal_mode = wal").fetchone() == ("wal",)
+
+
+_ON_A_READ_ONLY_MOUNT = """
+import sys
+from pathlib import Path
+from monitor.bridge import Bridge
+from monitor.messages import Place
+reader = Bridge(Path(sys.argv[1]))
+for line in sys.stdin:
+    print(len(reader.read_after(Place(), 10).rows), len(reader.known().phone_of), flush=True)
+"""
+
+
+@pytest.mark.parametrize("mode", ["delete", "wal"])
+@pytest.mark.parametrize("is_up", [True, False])
+def test_bridge_on_a_read_only_mount_is_read_in_every_state(
+    bridge: SyntheticBridge, tmp_path: Path, mode: str, is_up: bool
+) -> None:
+    if mode == "wal":
+        _write_ahead(bridge)
+    mount = tmp_path / "mount"
+    mount.mkdir()
+    script = f"mount --bind {bridge.folder} {mount} && mount -o remount,bind,ro {mount} && exec"
+    script += f" {sys.executable} -c '{_ON_A_READ_ONLY_MOUNT}' {mount}/messages.db"
+    reader = subprocess.Popen(
+        ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script],  # noqa: S607
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
+    )
+    with closing(sqlite3.connect(bridge.messages_db, isolation_level=None)) as writer:
+        assert reader.stdin is not None
+        assert reader.stdout is not None
+        assert reader.stderr is not None
+        _post(bridge, "one")
+        if is_up:
+            writer.execute("INSERT OR REPLACE INTO chats VALUES ('x', '', '')")
+        else:
+            writer.close()
+        seen = []
+        for number in range(2):
+            reader.stdin.write("\n")
+            reader.stdin.flush()
+            seen.append(reader.stdout.readline())
+            bridge.map_lid(LID, PHONE)
+            _post(bridge, f"later {number}")
+    _, complaint = reader.communicate(timeout=30)
+    if "unshare" in complaint or "mount:" in complaint:
+        pytest.skip(f"no mount of one's own here: a bridge on a read-only mount ({complaint.strip()[-80:]})")
+    assert seen == ["1 0\n", "2 1\n"], complaint

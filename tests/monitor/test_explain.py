@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
@@ -12,7 +13,7 @@ import pytest
 from monitor.bridge import Bridge
 from monitor.database import connect
 from monitor.decision import Decider
-from monitor.demo.bridge import NORTHFIELD, OWN_JID, WESTMOOR, SyntheticBridge
+from monitor.demo.bridge import EASTVALE, NORTHFIELD, OWN_JID, WESTMOOR, SyntheticBridge
 from monitor.explain import MEANINGS, Explanation, explain
 from monitor.projects import load_projects
 from monitor.reconcile import Comparison, reconcile
@@ -20,6 +21,7 @@ from monitor.settings import Since
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from monitor.settings import Settings
 
@@ -134,6 +136,37 @@ def test_drop_from_before_the_start_is_told(
     relay_once(since=Since(now - timedelta(days=1)))
     (post,) = _explain(settings, "DR1000001").posts
     assert post.verdict == "before_start"
+
+
+def test_group_that_was_no_project_then_is_the_reason_still(
+    bridge: SyntheticBridge, relay_once: Any, settings: Settings
+) -> None:
+    bridge.post(chat_jid=WESTMOOR, sender=PHONE, content="DR1000001")
+    relay_once()
+    assert settings.projects is not None
+    text = settings.projects.read_text()
+    settings.projects.write_text(text.replace("enabled: false", "enabled: true"))
+    (post,) = _explain(settings, "DR1000001").posts
+    assert post.verdict == "disabled_project"
+    assert not _reconcile(settings).failed
+
+
+def test_what_the_old_monitor_had_dealt_with_in_one_group_only_is_from_before_the_start(
+    bridge: SyntheticBridge, relay_once: Any, settings: Settings, tmp_path: Path
+) -> None:
+    now = datetime.now(UTC)
+    state = tmp_path / "state.json"
+    state.write_text(
+        json.dumps({NORTHFIELD: now.isoformat(), EASTVALE: (now - timedelta(days=20)).isoformat()})
+    )
+    bridge.post(chat_jid=NORTHFIELD, sender=PHONE, content="DR1000001", timestamp=now - timedelta(days=9))
+    bridge.post(chat_jid=EASTVALE, sender=PHONE, content="DR1000002", timestamp=now - timedelta(days=9))
+    relay_once(since=None, adopt=state)
+    assert [_explain(settings, number).posts[0].verdict for number in ("DR1000001", "DR1000002")] == [
+        "before_start",
+        "new",
+    ]
+    assert not _reconcile(settings).failed
 
 
 # reconcile

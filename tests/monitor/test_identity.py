@@ -98,6 +98,27 @@ def test_number_in_both_columns_of_the_map_is_never_guessed() -> None:
 
 
 @pytest.mark.parametrize(
+    "phone", ["", "abc", "0711234567", "277112345678901234", "\u00b2" * 11, "90000000000019"]
+)
+def test_lid_beside_which_no_phone_stands_in_the_map_stays_a_lid(phone: str) -> None:
+    known = Known.from_rows({"27831234560": phone, "90000000000019": "27711234567"})
+    assert isinstance(identify("27831234560", GROUP, known, RULES), Lid)
+    assert isinstance(identify("27831234560@lid", GROUP, known, RULES), Lid)
+    assert judge("27831234560", None, lids=known.lids, phones=known.lid_of) == "lid"
+
+
+def test_what_the_map_has_forgotten_still_tells_lids_from_phones() -> None:
+    known = Known().with_history([("27831234560", "918123456789"), ("27831234567", "27821234567")])
+    assert isinstance(identify("27831234560", GROUP, known, RULES), Lid)
+    assert isinstance(identify("27831234560@s.whatsapp.net", GROUP, known, RULES), Unknown)
+    assert identify("918123456789", GROUP, known, RULES) == Phone(
+        "918123456789", "certain", "was in the map's phone column"
+    )
+    both = known.with_history([("27821234567", "27711234567")])
+    assert isinstance(identify("27821234567", GROUP, both, RULES), Unknown)
+
+
+@pytest.mark.parametrize(
     "sender", ["12015550123", "12015550123:7@s.whatsapp.net", "100000000000099", "100000000000099@lid"]
 )
 def test_own_account_is_recognised_under_both_identities(sender: str) -> None:
@@ -127,7 +148,7 @@ def test_original_bug_fits_into_the_docstring_and_is_one_line() -> None:
     assert decided == Phone("100000000000017", "certain", "digits")
 
 
-LIDS = KNOWN.phone_of
+LIDS = KNOWN.lids
 PHONES = KNOWN.lid_of
 
 

@@ -1,7 +1,8 @@
 """What once went wrong, each as a test that bears its number, as far as no other file holds it already.
 
 13 and 15 are in `test_model.py` and `test_adoption.py`, 16, 19 and 33 in `test_canary.py`, 35 in
-`test_explain.py`, 38 in `test_adoption.py`.
+`test_explain.py`, 38 in `test_adoption.py`. 1 to 3 are the supervisor's. 26, 27, 31 and 34 concern schedules,
+exports, lists of valid drops and pairing, of which there is none here.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import psycopg
 import pytest
 
 import monitor
+from monitor import database
 from monitor.bridge import Bridge
 from monitor.census import usual_messages
 from monitor.database import connect
@@ -238,6 +240,55 @@ def test_incident_14_state_that_is_gone_means_neither_the_beginning_nor_now(
     assert not rows("SELECT 1 FROM qa_photo_reviews WHERE resubmitted")
 
 
+def test_incident_17_every_fault_shows_where_an_alert_looks_and_is_gone_with_its_cause(
+    bridge: SyntheticBridge, relay_running: Any, rows: Rows, eventually: Eventually
+) -> None:
+    def rename(path: Path, other: Path) -> None:
+        path.rename(other)
+
+    away = bridge.folder / "away"
+    column = "ALTER TABLE qa_photo_reviews RENAME COLUMN {} TO {}"
+    faults: list[tuple[str, Callable[[], object], Callable[[], object]]] = [
+        (
+            "bridge",
+            partial(rename, bridge.messages_db, away),
+            partial(rename, away, bridge.messages_db),
+        ),
+        ("map", partial(rename, bridge.whatsapp_db, away), partial(rename, away, bridge.whatsapp_db)),
+        (
+            "table",
+            partial(rows, column.format("drop_number", "elsewhere")),
+            partial(rows, column.format("elsewhere", "drop_number")),
+        ),
+    ]
+    with relay_running() as metrics:
+        for number, (component, break_it, mend_it) in enumerate(faults):
+            _post(bridge, number)
+            eventually(partial(_holds, rows, number + 1))
+            assert _broken(metrics) == set()
+            break_it()
+            if component == "table":
+                _post(bridge, 99)
+            eventually(partial(_breaks, metrics, component))
+            mend_it()
+            eventually(lambda: _broken(metrics) == set())
+        eventually(lambda: _holds(rows, 4))
+
+
+def _breaks(metrics: MonitorMetrics, component: str) -> bool:
+    return _broken(metrics) == {component}
+
+
+def _broken(metrics: MonitorMetrics) -> set[str]:
+    return {
+        sample.labels["component"]
+        for family in metrics.collect()
+        if family.name == "wa_monitor_broken"
+        for sample in family.samples
+        if sample.value
+    }
+
+
 @pytest.mark.parametrize("days", [0, 1])
 @pytest.mark.parametrize(
     ("constraints", "rows_on_days"),
@@ -289,6 +340,21 @@ def test_incident_21_question_that_fails_is_no_empty_answer(
         relay_once()
     assert _numbers(rows) == [1]
     assert rows("SELECT place_rowid FROM wa_monitor.cursor") == place
+
+
+def test_incident_22_statement_that_cannot_work_is_found_before_the_process_is_ready(
+    relay_once: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready: list[object] = []
+    monkeypatch.setattr(Notifier, "ready", lambda _: ready.append(1))
+    good = database._QUERIES["insert_reviews"]
+    with monkeypatch.context() as broken:
+        broken.setitem(database._QUERIES, "insert_reviews", good.replace(b"user_name, ", b"", 1))
+        with pytest.raises(StoreSchemaError, match="more expressions than target columns"):
+            relay_once()
+    assert not ready
+    relay_once()
+    assert len(ready) == 1
 
 
 def test_incident_23_silence_of_the_bridge_is_measured_against_what_the_hour_usually_has(
@@ -391,6 +457,13 @@ def test_incident_32_full_addresses_are_cut_and_fit_the_columns(
     assert {sender for _, sender in rows(STORED)} == {PHONE}
 
 
+@pytest.mark.parametrize("source", ["production", "dev"])
+def test_incident_36_sign_of_life_is_the_same_in_every_environment(start_monitor: Any, source: str) -> None:
+    monitor = start_monitor(WA_SOURCE=source, WA_DATABASE_IDENTITY=source)
+    monitor.await_message("READY=1")
+    monitor.await_message("WATCHDOG=1")
+
+
 def test_incident_37_resubmission_waits_for_a_reviewer_and_keeps_what_he_wrote(
     bridge: SyntheticBridge, start_monitor: Any, rows: Rows, eventually: Eventually, database_url: str
 ) -> None:
@@ -415,7 +488,11 @@ def test_incident_37_resubmission_waits_for_a_reviewer_and_keeps_what_he_wrote(
 
 
 def _holds_one(rows: Rows) -> bool:
+    return _holds(rows, 1)
+
+
+def _holds(rows: Rows, count: int) -> bool:
     try:
-        return len(rows(STORED)) == 1
+        return len(rows(STORED)) == count
     except psycopg.errors.UndefinedTable:
         return False

@@ -63,6 +63,8 @@ class Row:
     sender: str | None
     name: str
     sent_at: datetime
+    by: int
+    """Which post its sender is from: the last one whose sender is known."""
     resubmitted: bool = False
 
 
@@ -77,7 +79,8 @@ class Reference:
     rows: dict[str, Row] = field(default_factory=dict)
     done: dict[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)
     events: set[tuple[str, str, str]] = field(default_factory=set)
-    waiting: list[tuple[str, str]] = field(default_factory=list)
+    waiting: list[tuple[int, str, str]] = field(default_factory=list)
+    """Number of the post, drop, sender."""
     dealt_with: int = 0
 
     def phone(self, sender: str) -> str | None:
@@ -89,11 +92,12 @@ class Reference:
 
     def run(self) -> None:
         """Do what one run should do."""
-        for drop, sender in list(self.waiting):
+        for post, drop, sender in list(self.waiting):
             if (phone := self.phone(sender)) is not None:
-                self.waiting.remove((drop, sender))
-                if self.rows[drop].sender is None:
-                    self.rows[drop].sender = self.rows[drop].name = phone
+                self.waiting.remove((post, drop, sender))
+                row = self.rows[drop]
+                if post >= row.by:
+                    row.sender, row.name, row.by = phone, phone, post
         for key, (sender, drops, sent_at) in self.messages.items():
             if self.done.get(key) == drops:
                 continue
@@ -107,16 +111,17 @@ class Reference:
     def _store(self, drop: str, sender: str, sent_at: datetime) -> None:
         phone = self.phone(sender)
         nobody = UNKNOWN_NAME if sender.partition("@")[0] in PHONES else PENDING_NAME
+        post = len(self.events)
         row = self.rows.get(drop)
         if row is None:
-            row = self.rows[drop] = Row(phone, phone or nobody, sent_at)
+            self.rows[drop] = Row(phone, phone or nobody, sent_at, by=post)
         else:
             row.resubmitted = True
             if phone is not None:
-                row.sender = row.name = phone
-                self.waiting = [one for one in self.waiting if one[0] != drop]
-        if row.sender is None:
-            self.waiting.append((drop, sender))
+                row.sender, row.name, row.by = phone, phone, post
+                self.waiting = [one for one in self.waiting if one[1] != drop]
+        if phone is None:
+            self.waiting.append((post, drop, sender))
 
 
 class World:
@@ -191,7 +196,7 @@ class World:
         ]
         assert Counter(self._rows(EVENTS)) == Counter(wanted.events)
         waiting = self._rows("SELECT drop_number, sender FROM wa_monitor.pending")
-        assert Counter(waiting) == Counter(wanted.waiting)
+        assert Counter(waiting) == Counter((drop, sender) for _, drop, sender in wanted.waiting)
         ((totals,),) = self._rows("SELECT totals FROM wa_monitor.cursor") or [({},)]
         assert sum(count for *_, count in totals.get("drops", [])) == len(wanted.events)
         assert sum(totals.get("messages", {}).values()) == wanted.dealt_with

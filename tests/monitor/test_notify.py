@@ -44,6 +44,12 @@ def test_status_is_one_line_of_utf8_and_is_not_repeated(inbox: socket.socket) ->
     assert inbox.recv(4096) == b"STOPPING=1"
 
 
+def test_status_shows_no_number_of_a_person(inbox: socket.socket) -> None:
+    with closing(Notifier()) as notifier:
+        notifier.status("the group 27711234567-1500000000@g.us is listed twice")
+    assert inbox.recv(4096) == b"STATUS=the group 27******567-15*****000@g.us is listed twice"
+
+
 def test_newline_cannot_smuggle_in_an_assignment(inbox: socket.socket) -> None:
     with closing(Notifier()) as notifier:
         notifier.suspect("why\nREADY=1")

@@ -71,6 +71,18 @@ def test_project_is_disabled_unless_enabled(tmp_path: Path) -> None:
             f"{ONE[:-1]}, {{name: Eastvale, group_jid: 120363000000000001@g.us, description: d}}]",
             ["120363000000000001@g.us", "twice"],
         ),
+        (ONE.replace("enabled: true", "enabled: true, enabled: false"), ["line 1", "enabled", "twice"]),
+        (f"{ONE}\nprojects: []", ["line 2", "projects", "twice"]),
+        (ONE.replace("description: d", "description: 2026-13-45"), ["line 1", "2026-13-45", "timestamp"]),
+        (ONE.replace("description: d", "description: !!int x"), ["line 1", "int"]),
+        (ONE.replace("description: d", "description: !!bool x"), ["line 1", "bool"]),
+        (ONE.replace("description: d", "description: !!timestamp x"), ["line 1", "timestamp"]),
+        ("projects: &p [*p]", ["line 1", "projects[0]"]),
+        ("[" * 20000, ["YAML", "deep"]),
+        (ONE.replace("@g.us", '@g.us\\n"').replace("group_jid: ", 'group_jid: "'), ["projects[0].group_jid"]),
+        (ONE.replace("Northfield", '"North\\0field"'), ["projects[0]", "control"]),
+        (ONE.replace("Northfield", '"North\\ud800field"'), ["projects[0]", "control"]),
+        (ONE.replace("Northfield", '" "'), ["projects[0]", "letter"]),
     ],
 )
 def test_fault_is_one_sentence_with_file_and_place(tmp_path: Path, text: str, words: list[str]) -> None:

@@ -119,6 +119,59 @@ def test_resubmission_by_a_phone_takes_the_row_over_from_a_pending_sender(
     assert rows(SENDERS) == [("DR1000001", PHONE, PHONE, True)]
 
 
+@pytest.mark.parametrize("batches", [1, 3])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_row_shows_the_last_poster_who_is_known_in_whatever_order_the_map_learns_them(
+    bridge: SyntheticBridge, relay_once: RelayOnce, rows: Rows, order: tuple[int, int], batches: int
+) -> None:
+    waiting = [(LATE_LID, OTHER_PHONE), ("90000000000027", "447400123456")]
+    for sender in (PHONE, *(lid for lid, _ in waiting)):
+        _post(bridge, sender, "DR1000001")
+        if batches > 1:
+            relay_once()
+    relay_once()
+    assert rows(SENDERS) == [("DR1000001", PHONE, PHONE, True)]
+    for one in order:
+        bridge.map_lid(*waiting[one])
+        relay_once()
+        assert rows(SENDERS) == [("DR1000001", *[waiting[max(one, order[0])][1]] * 2, True)]
+    assert rows("SELECT 1 FROM wa_monitor.pending") == []
+
+
+def test_sender_that_somebody_put_into_the_row_meanwhile_stays(
+    bridge: SyntheticBridge, relay_once: RelayOnce, rows: Rows
+) -> None:
+    _post(bridge, PHONE, "DR1000001")
+    _post(bridge, LATE_LID, "DR1000001")
+    relay_once()
+    rows("UPDATE qa_photo_reviews SET submitted_by = '27821234567'")
+    bridge.map_lid(LATE_LID, OTHER_PHONE)
+    relay_once()
+    assert rows("SELECT submitted_by FROM qa_photo_reviews") == [("27821234567",)]
+
+
+def test_lid_that_the_map_has_forgotten_is_no_phone_in_a_late_message(
+    bridge: SyntheticBridge, relay_once: RelayOnce, rows: Rows
+) -> None:
+    bridge.map_lid("27831234560", PHONE)  # in the shape of a phone
+    relay_once()
+    bridge.map_lid(LID, PHONE)
+    _post(bridge, "27831234560", "DR1000001")
+    relay_once()
+    assert rows(SENDERS) == [("DR1000001", None, PENDING_NAME, False)]
+
+
+def test_own_post_that_counts_is_completed_when_the_map_learns_its_sender(
+    bridge: SyntheticBridge, relay_once: RelayOnce, rows: Rows
+) -> None:
+    bridge.set_device(f"{PHONE}:7@s.whatsapp.net", f"{LATE_LID}:7@lid")
+    _post(bridge, LATE_LID, "DR1000001")
+    relay_once(store_own_messages=True)
+    bridge.map_lid(LATE_LID, PHONE)
+    relay_once(store_own_messages=True)
+    assert rows(SENDERS) == [("DR1000001", PHONE, PHONE, False)]
+
+
 def test_nobody_waits_for_a_row_that_a_phone_took_over_in_the_same_batch(
     bridge: SyntheticBridge, relay_once: RelayOnce, rows: Rows
 ) -> None:

@@ -141,6 +141,37 @@ def test_lid_is_found_and_repaired_in_every_spelling(
         assert audit(database, KNOWN).standing == []
 
 
+@pytest.mark.parametrize("address", [f"{PHONE}@s.whatsapp.net", f"+{PHONE}.0:3@C.US ", f"{PHONE}:9@hosted"])
+def test_full_address_of_a_phone_is_cut_to_its_digits_by_an_operators_run_alone(
+    relay_once: Any, database_url: str, rows: Rows, address: str
+) -> None:
+    relay_once()
+    rows(
+        "INSERT INTO qa_photo_reviews (drop_number, submitted_by, user_name) VALUES"
+        " ('DR1000001', %s, %s), ('DR1000002', %s, 'x'), ('DR1000003', '3000000000013@g.us', 'x')",
+        *(address, address, LID),
+    )
+    with closing(connect(DatabaseUrl(database_url))) as database:
+        assert repair_some(database, KNOWN).repaired.total() == 1
+        report = repair(database, KNOWN)
+        assert report.repaired.total() == 1
+        senders = "SELECT submitted_by, user_name FROM qa_photo_reviews ORDER BY drop_number"
+        assert rows(senders) == [(PHONE, PHONE), (PHONE, "x"), ("3000000000013@g.us", "x")]
+        undo(database, report.run_id)
+        assert rows(senders)[0] == (address, address)
+
+
+def test_phone_in_the_map_that_is_a_lid_itself_repairs_nothing(
+    database_url: str, rows: Rows, relay_once: Any
+) -> None:
+    relay_once()
+    rows("INSERT INTO qa_photo_reviews (drop_number, submitted_by, user_name) VALUES ('DR1', %s, 'x')", LID)
+    with closing(connect(DatabaseUrl(database_url))) as database:
+        known = Known.from_rows({LID: "90000000000019", "90000000000019": PHONE})
+        assert not repair(database, known).repaired
+        assert audit(database, known).failed
+
+
 def test_lid_that_the_map_has_forgotten_is_found_and_repaired_if_it_had_one_phone(
     relay_once: Any, database_url: str, rows: Rows
 ) -> None:

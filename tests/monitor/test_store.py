@@ -20,10 +20,11 @@ from monitor.cursor import Owner
 from monitor.database import Database, connect
 from monitor.demo.bridge import NORTHFIELD, SyntheticBridge
 from monitor.embedded import EmbeddedPostgres
-from monitor.errors import ConfigError, CursorLostError, StoreError, StoreUnavailableError
+from monitor.errors import ConfigError, CursorLostError, StoreError, StoreRefusedError, StoreUnavailableError
 from monitor.identity import Known, Phone, parse_jid
 from monitor.messages import Place
 from monitor.metrics import MonitorMetrics
+from monitor.notify import Notifier
 from monitor.projects import load_projects
 from monitor.schema import check_reviews, prepare
 from monitor.settings import DatabaseUrl
@@ -170,7 +171,7 @@ def test_two_first_starts_at_once_migrate_once(database_url: str, rows: Rows) ->
     for thread in threads:
         thread.join()
     assert failures == []
-    assert rows("SELECT version FROM wa_monitor.migration ORDER BY 1") == [(1,), (2,), (3,)]
+    assert rows("SELECT version FROM wa_monitor.migration ORDER BY 1") == [(1,), (2,), (3,), (4,)]
 
 
 # real processes
@@ -363,6 +364,22 @@ def test_standby_says_that_a_session_of_an_ended_process_keeps_the_row_locked(
     second.await_message("writing, epoch 2")
 
 
+# what the driver is not left to do
+
+
+@pytest.mark.parametrize("values", [["", "NULL", '"', "\\", "{}", "a,b", "x\ny", "\u2603"], ["one"], []])
+def test_any_texts_come_back_as_they_were_given(database: Database, rows: Rows, values: list[str]) -> None:
+    asked = {"lids": values, "phones": [str(number) for number in range(len(values))]}
+    database.run("remember_mappings", asked)
+    assert rows("SELECT lid FROM wa_monitor.lid_seen ORDER BY phone::int") == [(value,) for value in values]
+
+
+@pytest.mark.parametrize("values", [["a\0b"], ["a\0b", "c"], ["\0"]])
+def test_text_with_a_nul_byte_is_refused_and_never_two_texts(database: Database, values: list[str]) -> None:
+    with pytest.raises(StoreRefusedError):
+        database.run("remember_mappings", {"lids": values, "phones": values})
+
+
 # the alarm
 
 
@@ -404,6 +421,21 @@ def test_fault_in_the_decision_is_seen_in_the_rows_and_asks_the_supervisor_once(
     assert values["wa_monitor_drops_stored_total", "Northfield", "lid", "new"] == 2
     assert values["wa_monitor_drops_stored_total", "Northfield", "phone", "new"] == 1
     assert values["wa_monitor_lid_rows", "Northfield"] == 2
+
+
+def test_every_scan_that_stores_a_lid_asks_the_supervisor_though_older_ones_stand(
+    bridge: SyntheticBridge, relay_running: Any, monkeypatch: pytest.MonkeyPatch, eventually: Any
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("monitor.decision.identify", _everything_is_a_phone)
+    monkeypatch.setattr("monitor.relay._ALARM_SECONDS", 0.0)
+    monkeypatch.setattr(Notifier, "suspect", lambda _, why: asked.append(why))
+    bridge.map_lid(LID, PHONE)
+    with relay_running(auto_repair_seconds=0):
+        for number in range(1, 4):
+            _post(bridge, number, LID)
+            eventually(lambda number=number: len(asked) == number)
+    assert set(asked) == {"lid-regression"}
 
 
 def test_fault_that_completes_a_waiting_row_with_a_lid_is_counted_and_healed_by_the_right_code(

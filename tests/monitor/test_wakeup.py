@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import select
 import sqlite3
+import subprocess
+import sys
 import threading
 from contextlib import closing
 from dataclasses import replace
@@ -60,6 +62,15 @@ def test_write_rings_once_its_transaction_is_over(bridge: SyntheticBridge, wakeu
         assert not _rings(wakeup, 0.2)
         writer.execute("COMMIT")
         assert _rings(wakeup)
+
+
+@pytest.mark.usefixtures("wakeup")
+def test_descriptor_is_not_passed_on_to_other_programs() -> None:
+    code = "import os; print(*(os.path.realpath(fd) for fd in os.scandir('/proc/self/fd')))"
+    listed = subprocess.run(
+        [sys.executable, "-c", code], close_fds=False, check=True, capture_output=True, text=True
+    )
+    assert "inotify" not in listed.stdout
 
 
 def test_map_rings_too(bridge: SyntheticBridge, wakeup: Wakeup) -> None:
