@@ -41,6 +41,9 @@ cold: $(STAMP) ## the tests that supervise processes once more, without the zygo
 	@WA_TEST_NO_ZYGOTE=1 $(VENV)/bin/python -m pytest --numprocesses=$(WORKERS) $(ARGS) \
 		$(foreach name,$(SUPERVISING),tests/supervisor/test_$(name).py) tests/test_incident_scenario.py
 
+systemd: $(STAMP) ## the units under a real systemd, booted in namespaces: needs root, systemd and git, four minutes
+	@WA_SYSTEMD=1 $(VENV)/bin/python -m pytest --timeout=300 $(ARGS) tests/systemd
+
 soak: $(STAMP) ## what takes minutes: whole kill matrix, 200 reloads and 200 checkouts in a row, the monitor killed everywhere
 	@WA_SOAK=1 $(VENV)/bin/python -m pytest --numprocesses=$(WORKERS) $(ARGS) \
 		tests/supervisor/test_kill_matrix.py tests/supervisor/test_soak.py tests/supervisor/test_checkouts.py \

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from monitor import app as program
-from monitor import census, display, repair, schema
+from monitor import census, check, display, repair, schema
 from monitor.audit import audit
 from monitor.bridge import Bridge
 from monitor.database import Database, connect
@@ -112,6 +112,24 @@ def run(
             )
         with _with_database(given) as settings:
             program.serve(settings)
+
+
+@commands.command("check")
+def check_command(
+    *,
+    bridge: _Bridge = None,
+    database_url: _Url = None,
+    projects: _Projects = None,
+    as_json: _AsJson = False,
+    config: _Config = None,
+) -> None:
+    """Look whether all that a monitor needs is there, and change nothing; exit status 1 for what is wrong."""
+    findings = check.check(Values(bridge=bridge, database_url=database_url, projects=projects), config)
+    if as_json:
+        typer.echo(check.to_json(findings).decode())
+    else:
+        display.show_check(findings)
+    raise typer.Exit(1 if any(one.state == "wrong" for one in findings) else 0)
 
 
 @commands.command("repair-lids")

@@ -5,6 +5,7 @@ zone with its name, a line is never wrapped (it is grepped), and brackets in a n
 read the JSON.
 """
 
+from collections.abc import Sequence
 from datetime import datetime
 
 from rich.console import Console
@@ -13,6 +14,7 @@ from rich.table import Table
 
 from monitor import repair
 from monitor.audit import Findings
+from monitor.check import Finding
 from monitor.explain import MEANINGS, Explanation
 from monitor.logs import mask_numbers
 from monitor.reconcile import Comparison
@@ -110,6 +112,15 @@ def show_findings(findings: Findings, *, full_numbers: bool) -> None:
                 drop.reason,
             )
         console.print(table)
+
+
+def show_check(findings: Sequence[Finding]) -> None:
+    """Print a line for each finding, and below what is wrong what to do about it."""
+    console = Console()
+    for one in findings:
+        _say(console, f"{one.state:<8} {one.check}: {one.detail}")
+        if one.remedy is not None:
+            _say(console, f"         -> {one.remedy}")
 
 
 def show_explanation(found: Explanation, *, full_numbers: bool) -> None:

@@ -69,6 +69,9 @@ INSERT INTO wa_monitor.installation (identity) VALUES (%(identity)s) ON CONFLICT
 -- name: installation
 SELECT identity FROM wa_monitor.installation
 
+-- name: server_time
+SELECT clock_timestamp()
+
 -- name: limit_lock_wait
 -- For the current transaction only: a frozen owner must not freeze the one that wants to take over.
 SELECT set_config('lock_timeout', '1s', true)

@@ -243,6 +243,20 @@ def _bridge_file(path: Path) -> Path:
     return path / MESSAGES_DB if path.is_dir() else path
 
 
+def contradictions(environment: Mapping[str, str] | None = None) -> list[tuple[str, str]]:
+    """Return pairs of variables for the same setting that are both set and differ; the first one counts.
+
+    `environment` defaults to the process's own.
+    """
+    given = os.environ if environment is None else environment
+    return [
+        (first, other)
+        for first, *others in _ENVIRONMENT.values()
+        for other in others
+        if given.get(first) and given.get(other) and given[first] != given[other]
+    ]
+
+
 def _merge(*sources: Values) -> Values:
     """Put the sources on top of each other, the last one uppermost."""
     merged: dict[str, object] = {}

@@ -19,15 +19,18 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from supervisor import control, flags, logfile
-from supervisor.environment import ESTATE_VARIABLE
+from supervisor.environment import ESTATE_VARIABLE, namesake
 from supervisor.errors import SupervisorError, UsageError
 from supervisor.flags import Parser
 from supervisor.logfile import CHILD_LOG
 from supervisor.output import Output, fill_standard_descriptors
 from supervisor.settings import Settings, load_file, merge, parse_target, resolve, runtime_dir
+
+if TYPE_CHECKING:
+    from supervisor.installation import Scope
 
 EXIT_FAILED = 1
 EXIT_DIFFERS = 3
@@ -43,7 +46,8 @@ def _run(given: argparse.Namespace) -> int:
 
     TARGET is path/to/script.py, package.module:callable or -m package.module; all that follows belongs to it.
     """
-    _refuse_namesake()
+    if (problem := namesake(sys.path)) is not None:
+        raise UsageError(problem)
     options = vars(given)
     target, config = parse_target(options.pop("target")), options.pop("config")
     here = Path.cwd()
@@ -188,6 +192,46 @@ def _logs(given: argparse.Namespace) -> int:
     return 0
 
 
+def _doctor(given: argparse.Namespace) -> int:
+    """Look for all that is wrong with a service or would be, and say what to do about each. Exit 1 if so.
+
+    Without --instance and --runtime-dir: every unit that is installed; where none is, the supervisor that
+    answers; where none does, what install-unit would install from here.
+    """
+    from supervisor import doctor, terminal  # noqa: PLC0415 -- nobody else waits for what only a doctor needs
+
+    directory = Path(given.runtime_dir) if given.runtime_dir else None
+    document = doctor.examine(given.instance, _scope(given), directory)
+    if given.json:
+        _print_json(document)
+    else:
+        terminal.print_findings(document)
+    return EXIT_FAILED if document["failed"] else 0
+
+
+def _install_unit(given: argparse.Namespace) -> int:
+    """Write the unit of systemd for this environment, and its file of variables with a free port."""
+    from supervisor import installation  # noqa: PLC0415 -- only this command writes units
+
+    unit, scope = installation.unit_name(given.instance), _scope(given)
+    text = installation.render(unit, installation.here(unit), of_user=scope.of_user)
+    if given.print:
+        print(text, end="")
+        return 0
+    installed = installation.install(unit, text, scope)
+    print("\n".join(installed.done))
+    print("next:")
+    for command in installed.following:
+        print(f"  {command}")
+    return 0
+
+
+def _scope(given: argparse.Namespace) -> Scope:
+    from supervisor.installation import Scope  # noqa: PLC0415 -- as above
+
+    return Scope(given.user, Path(given.root).absolute())
+
+
 # --- which there are, and their flags ---------------------------------------------------------------------
 
 
@@ -202,12 +246,26 @@ def _lines(parser: Parser) -> None:
     flags.add_count(parser, "How many lines.", least=0, default=50)
 
 
+def _which_unit(parser: Parser) -> None:
+    parser.add_argument("--instance", metavar="NAME", help="Which one of several: wa-monitor@NAME.service.")
+    parser.add_argument("--user", action="store_true", help="Of your own manager, not of the system's.")
+    parser.add_argument(
+        "--root", metavar="DIR", default="/", help="Units and their files are below DIR. [default: /]"
+    )
+
+
+def _only_print(parser: Parser) -> None:
+    parser.add_argument("--print", action="store_true", help="Show the unit, write nothing.")
+
+
 @dataclass(frozen=True)
 class _Command:
     """What carries it out and returns the exit code, and what adds the flags that not every command has."""
 
     carry_out: Callable[[argparse.Namespace], int]
     add_flags: Sequence[Callable[[Parser], None]] = ()
+    about_a_supervisor: bool = True
+    """It is about one, which --runtime-dir names."""
 
 
 _COMMANDS = {
@@ -224,6 +282,8 @@ _COMMANDS = {
     "diff": _Command(_diff),
     "history": _Command(_history, [_records, flags.add_json]),
     "logs": _Command(_logs, [_lines]),
+    "doctor": _Command(_doctor, [_which_unit, flags.add_json]),
+    "install-unit": _Command(_install_unit, [_which_unit, _only_print], about_a_supervisor=False),
 }
 
 
@@ -263,8 +323,10 @@ def _carry_out(words: list[str]) -> int:
     parser = Parser(f"wa-supervisor {name}", command.carry_out.__doc__)
     if name == "run":
         return command.carry_out(flags.parse_run(parser, rest))
-    for add in (*command.add_flags, flags.add_runtime_dir):
+    for add in command.add_flags:
         add(parser)
+    if command.about_a_supervisor:
+        flags.add_runtime_dir(parser)
     return command.carry_out(parser.parse_args(rest))
 
 
@@ -301,24 +363,6 @@ def _ask(
     if not answer["ok"]:
         raise SupervisorError(f"{command}: {answer['error']}")
     return answer
-
-
-def _refuse_namesake() -> None:
-    """Refuse to start beside PyPI's ``supervisor`` (supervisord), which installs a package of the same name.
-
-    Raises:
-        UsageError: it is installed in this environment.
-    """
-    # By its folder, as pip leaves it: importlib.metadata takes 28 ms of every start to say the same.
-    found = (path.name for entry in sys.path for path in Path(entry).glob("supervisor-*.*-info"))
-    namesake = next(found, None)
-    if namesake is None:
-        return
-    version = namesake.removeprefix("supervisor-").rpartition(".")[0]
-    raise UsageError(
-        f"the package supervisor {version} (supervisord) is installed in this environment and has the same "
-        "import name; install wa-monitor in an environment of its own"
-    )
 
 
 def _reloaded(given: argparse.Namespace, command: str) -> int:

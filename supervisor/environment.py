@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +52,7 @@ def read(inherited: Mapping[str, str], file: Path | None) -> Environment:
     Raises:
         UsageError: the file cannot be read, or has a line that is no assignment.
     """
-    variables = {**inherited, **(_assignments(file) if file is not None else {})}
+    variables = {**inherited, **(assignments(file) if file is not None else {})}
     summary = hashlib.sha256()
     for name in sorted(variables):
         summary.update(f"{name}\0{variables[name]}\0".encode("utf-8", "surrogateescape"))
@@ -61,13 +61,22 @@ def read(inherited: Mapping[str, str], file: Path | None) -> Environment:
     return Environment(variables, summary.hexdigest())
 
 
-def _assignments(file: Path) -> dict[str, str]:
+def assignments(file: Path, what: str = "--env-file") -> dict[str, str]:
+    """Return the variables that a file of ``NAME=value`` lines gives.
+
+    Args:
+        file: what to read.
+        what: it is called in an error.
+
+    Raises:
+        UsageError: the file cannot be read, or has a line that is no assignment.
+    """
     try:
         text = plainfile.read(file).decode("utf-8")
     except OSError as error:
-        raise UsageError(f"cannot read --env-file {file}: {error.strerror}") from error
+        raise UsageError(f"cannot read {what} {file}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UsageError(f"--env-file {file} is not UTF-8; write it anew") from error
+        raise UsageError(f"{what} {file} is not UTF-8; write it anew") from error
     variables = {}
     for number, line in enumerate(text.splitlines(), start=1):
         stripped = line.strip()
@@ -75,7 +84,7 @@ def _assignments(file: Path) -> dict[str, str]:
             continue
         found = _ASSIGNMENT.fullmatch(stripped)
         if found is None or "\0" in stripped:  # The line itself may be a secret.
-            raise UsageError(f"--env-file {file}, line {number} is not NAME=value; correct it")
+            raise UsageError(f"{what} {file}, line {number} is not NAME=value; correct it")
         variables[found[1]] = _unquoted(found[2].strip())
     return variables
 
@@ -96,3 +105,21 @@ def _credentials(directory: str | None) -> list[tuple[str, bytes]]:
             except OSError:
                 continue
     return sorted(found)
+
+
+def namesake(search_path: Iterable[str]) -> str | None:
+    """Return a sentence about PyPI's ``supervisor`` (supervisord), which installs a package of our name.
+
+    Args:
+        search_path: where packages are found.
+    """
+    # By its folder, as pip leaves it: importlib.metadata takes 28 ms of every start to say the same.
+    found = (path.name for entry in search_path for path in Path(entry).glob("supervisor-*.*-info"))
+    name = next(found, None)
+    if name is None:
+        return None
+    version = name.removeprefix("supervisor-").rpartition(".")[0]
+    return (
+        f"the package supervisor {version} (supervisord) is installed in this environment and has the same "
+        "import name; install wa-monitor in an environment of its own"
+    )

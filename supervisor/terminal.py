@@ -82,6 +82,21 @@ def print_history(records: list[dict[str, Any]]) -> None:
     Console(highlight=False).print(table if records else "nothing has been recorded yet")
 
 
+def print_findings(document: dict[str, Any]) -> None:
+    """Print the document of ``doctor``: a line for each finding, and below it what to do."""
+    colours = {"ok": "green", "warning": "yellow", "wrong": "red", "skipped": "dim"}
+    console, unit = Console(highlight=False, soft_wrap=True), None
+    for finding in document["findings"]:
+        if finding["unit"] != unit:
+            unit = finding["unit"]
+            console.print(f"[bold]{escape(unit)}[/]")
+        state, detail = finding["state"], _printable(finding["detail"])
+        console.print(f"  [{colours[state]}]{state:<7}[/]  {escape(finding['check'])}: {detail}")
+        if finding["remedy"]:
+            console.print(f"           -> {_printable(finding['remedy'])}")
+    console.print("[red]something is wrong[/]" if document["failed"] else "[green]nothing is wrong[/]")
+
+
 def print_diff(document: dict[str, Any]) -> None:
     """Print the document of ``diff``; nothing at all if the running sources are those on disk."""
     running = _origin(f"generation {document['generation']}", document["running_commit"])

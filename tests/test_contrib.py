@@ -92,7 +92,8 @@ def test_pull_has_the_same_sandbox_as_the_service() -> None:
         lines = options(unit)
         return set(lines[lines.index("ReadWritePaths=/opt/wa-monitor") :])
 
-    service = sandbox(UNIT) - {"UMask=0077", "WantedBy=multi-user.target"}
+    check = "Check=/opt/wa-monitor/.venv/bin/wa-monitor check --json"
+    service = sandbox(UNIT) - {"UMask=0077", "WantedBy=multi-user.target", check}
     assert sandbox(UNITS / "wa-monitor-pull@.service") == service
 
 

@@ -61,7 +61,7 @@ def make_targets() -> set[str]:
 def subcommands(name: str) -> set[str]:
     """The commands that a script lists in its help."""
     screen = run(str(Path(sys.executable).parent / name), "--help").stdout
-    return set(re.findall(r"^[│ ]*([a-z][a-z-]+)  ", screen, flags=re.MULTILINE))
+    return set(re.findall(r"^[│ ]*([a-z][a-z-]+)(?:  |$)", screen, flags=re.MULTILINE))
 
 
 def test_make_lists_every_target_it_has() -> None:
