@@ -54,10 +54,8 @@ def histogram(name: str, **buckets: float) -> Report:
 
 def shown(metrics: ChildMetrics) -> dict[str, float]:
     """Every series of the exposition as Prometheus would read it; twice the same series is an error."""
-    created = CollectorRegistry()
-    created.register(metrics)
     series: dict[str, float] = {}
-    for family in text_string_to_metric_families(generate_latest(created).decode()):
+    for family in text_string_to_metric_families(metrics.exposition().decode()):
         for sample in family.samples:
             labels = ",".join(f"{name}={value}" for name, value in sorted(sample.labels.items()))
             key = f"{sample.name}{{{labels}}}" if labels else sample.name
@@ -487,10 +485,10 @@ def test_own_and_child_series_stand_in_one_exposition() -> None:
     created = registry()
     SupervisorMetrics(created)
     child = ChildMetrics()
-    created.register(child)
     child.go_live(1)
     child.update(1, [gauge("process_open_fds", 1), counter("drops", 1)])
-    heads = [line.split()[2] for line in generate_latest(created).decode().splitlines() if "# TYPE" in line]
+    text = (generate_latest(created) + child.exposition()).decode()
+    heads = [line.split()[2] for line in text.splitlines() if "# TYPE" in line]
     assert len(heads) == len(set(heads))
     assert {"drops_total", "wa_supervisor_child_families_rejected"} <= set(heads)
     assert all(isinstance(family, Metric) for family in created.collect())

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
 from supervisor import web
@@ -36,9 +37,19 @@ def collectors() -> CollectorRegistry:
     return created
 
 
+def serve(
+    collectors: CollectorRegistry,
+    status: Callable[[], dict[str, Any]],
+    address: tuple[str, int] = ("127.0.0.1", 0),
+    sections: Callable[[], tuple[str, dict[str, str]]] = lambda: ("title", {"headline": "<p>said</p>"}),
+    **more: Any,
+) -> WebServer:
+    return WebServer(address, lambda: generate_latest(collectors), status, sections, **more)
+
+
 @pytest.fixture
 def server(collectors: CollectorRegistry, status: dict[str, Any]) -> Iterator[WebServer]:
-    made = WebServer(("127.0.0.1", 0), collectors, lambda: status)
+    made = serve(collectors, lambda: status)
     made.start()
     yield made
     made.close()
@@ -93,7 +104,7 @@ def test_status_is_the_published_document(server: WebServer) -> None:
         ("/readyz", {"live": None, "reason": "a.py, line 1"}, (503, "a.py, line 1\n")),
         ("/readyz", {"live": None}, (503, "no live generation\n")),
         ("/readyz", {"live": None, "reason": "caf\udce9.py"}, (503, "caf?.py\n")),
-        ("/secret", {}, (404, "see /metrics /livez /readyz /status.json\n")),
+        ("/secret", {}, (404, "see / /metrics /livez /readyz /status.json\n")),
     ],
 )
 def test_probes_say_how_it_is_and_why(
@@ -126,7 +137,7 @@ def test_one_connection_may_ask_more_than_once(server: WebServer) -> None:
 
 def test_ipv6_address_stands_in_brackets(collectors: CollectorRegistry) -> None:
     try:
-        server = WebServer(("::1", 0), collectors, lambda: GOOD)
+        server = serve(collectors, lambda: GOOD, ("::1", 0))
         server.start()
     except AddressError as error:
         pytest.skip(f"no IPv6 here: {error}")
@@ -163,7 +174,7 @@ def test_client_whose_answer_is_under_way_is_not_the_first_to_go(
             assert go_on.wait(DEADLINE_SECONDS)
         return GOOD
 
-    server = WebServer(("127.0.0.1", 0), collectors, slow_status)
+    server = serve(collectors, slow_status)
     server.start()
     with connect(server) as answered:
         answered.sendall(b"GET /livez HTTP/1.0\r\n\r\n")
@@ -183,7 +194,7 @@ def test_clients_that_do_not_read_their_answers_make_room_at_last(
 ) -> None:
     monkeypatch.setattr(web, "_MAX_CONNECTIONS", 3)
     huge = {**GOOD, "filling": "x" * 20_000_000}
-    server = WebServer(("127.0.0.1", 0), collectors, lambda: huge)
+    server = serve(collectors, lambda: huge)
     server.start()
     crowd = [connect(server) for _ in range(3)]
     for connection in crowd:
@@ -199,7 +210,7 @@ def test_client_that_says_nothing_loses_its_connection(
     collectors: CollectorRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(web._Handler, "timeout", 0.01)
-    server = WebServer(("127.0.0.1", 0), collectors, lambda: GOOD)
+    server = serve(collectors, lambda: GOOD)
     server.start()
     with connect(server) as connection:
         assert is_ended(connection)
@@ -235,7 +246,7 @@ def test_client_that_goes_away_while_it_is_answered_leaves_no_traceback(
     collectors: CollectorRegistry, capfd: pytest.CaptureFixture[str]
 ) -> None:
     huge = {**GOOD, "filling": "x" * 20_000_000}
-    server = WebServer(("127.0.0.1", 0), collectors, lambda: huge)
+    server = serve(collectors, lambda: huge)
     server.start()
     with connect(server) as connection:
         connection.sendall(b"GET /status.json HTTP/1.1\r\n\r\n")
@@ -265,7 +276,7 @@ def test_scrapes_that_arrive_together_share_one_exposition() -> None:
     gated = Gated()
     created = CollectorRegistry()
     created.register(gated)
-    exposition = web._Exposition(created)
+    exposition = web._Shared(lambda: generate_latest(created))
     bodies: list[bytes] = []
 
     def scrape() -> None:
@@ -294,7 +305,7 @@ def test_address_in_use_is_one_sentence_with_what_to_do(
     server: WebServer, collectors: CollectorRegistry
 ) -> None:
     with pytest.raises(AddressError) as caught:
-        WebServer(place(server), collectors, lambda: GOOD)
+        serve(collectors, lambda: GOOD, place(server))
     assert str(caught.value) == (
         f"cannot listen on {server.address}: Address already in use; free it or choose another --listen"
     )
@@ -304,17 +315,17 @@ def test_address_in_use_is_one_sentence_with_what_to_do(
 @pytest.mark.parametrize("host", ["192.0.2.1", "no.such.host.invalid", "a..b", "é" * 100, "fe80::zz"])
 def test_address_that_is_not_ours_is_one_sentence(collectors: CollectorRegistry, host: str) -> None:
     with pytest.raises(AddressError, match=r"^cannot listen on .*; free it or choose another --listen$"):
-        WebServer((host, 0), collectors, lambda: GOOD)
+        serve(collectors, lambda: GOOD, (host, 0))
 
 
 def test_address_is_free_again_after_the_end(collectors: CollectorRegistry) -> None:
-    first = WebServer(("127.0.0.1", 0), collectors, lambda: GOOD)
+    first = serve(collectors, lambda: GOOD)
     first.start()
     address = place(first)
     with connect(first) as idle:
         first.close()
         assert is_ended(idle)
-        second = WebServer(address, collectors, lambda: GOOD)
+        second = serve(collectors, lambda: GOOD, address)
         second.start()
         assert get(second, "/livez")[0] == 200
         second.close()
@@ -323,7 +334,7 @@ def test_address_is_free_again_after_the_end(collectors: CollectorRegistry) -> N
 def test_nothing_of_a_server_is_left_after_its_end(server: WebServer, collectors: CollectorRegistry) -> None:
     get(server, "/livez")
     before = set(threading.enumerate())
-    other = WebServer(("127.0.0.1", 0), collectors, lambda: GOOD)
+    other = serve(collectors, lambda: GOOD)
     other.start()
     stalled = [connect(other) for _ in range(5)]
     get(other, "/livez")
