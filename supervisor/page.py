@@ -61,6 +61,7 @@ class Table:
         heads: names of the columns; numbers follow those of the labels.
         rows: their cells, numbers last.
         labels: how many of the columns are labels.
+        across: the label whose values the other columns are.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Table:
     heads: tuple[str, ...] = ()
     rows: tuple[tuple[str, ...], ...] = ()
     labels: int = 0
+    across: str | None = None
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,8 @@ def sections(view: View) -> dict[str, Html]:
 
 def title(view: View) -> str:
     """Return the title of the document: what a tab shows of it."""
-    alarm = f"{len(view.alarms)} alarms, " if view.alarms else ""
+    alarms = len(view.alarms or ())
+    alarm = f"{alarms} alarm{'s' if alarms > 1 else ''}, " if alarms else ""
     return f"{alarm}{'in sync' if view.status.get('in_sync') else 'NOT in sync'} · wa-supervisor"
 
 
@@ -193,7 +196,8 @@ def _count_table(table: Table) -> Html:
         _el("th", head, scope="col", class_=None if place < table.labels else "number")
         for place, head in enumerate(table.heads)
     ]
-    text = f"{_clip(table.documentation)} ({table.name})"
+    by = f", by {table.across}" if table.across else ""
+    text = f"{_clip(table.documentation)}{by} ({table.name})"
     return _table(f"count-{table.name}", text, heads, rows, len(table.rows) - len(rows))
 
 
@@ -218,13 +222,19 @@ def _generations(view: View) -> Html:
             "quarantine",
             "",
             _digest(fault["tree"]),
-            Html(f"{_text(fault['reason'] or 'rolled back')}: {_text(_clip(fault['detail']))}"),
+            f"{fault['reason'] or 'rolled back'}: {_clip(fault['detail'])}",
         )
         for fault in status.get("quarantine") or ()
     ]
     heads = [_el("th", head, scope="col") for head in ("state", "generation", "tree", "")]
     cells = [
-        _el("tr", _el("th", state, scope="row"), *(_el("td", cell) for cell in rest)) for state, *rest in rows
+        _el(
+            "tr",
+            _el("th", state, scope="row"),
+            *(_el("td", cell) for cell in rest[:-1]),
+            _el("td", rest[-1], class_="long"),
+        )
+        for state, *rest in rows
     ]
     restarts = ", ".join(f"{n} by {cause}" for cause, n in (status.get("restarts") or {}).items() if n)
     return _section(
@@ -334,7 +344,7 @@ def _modules(view: View) -> Html:
         ]
     ]
     heads = [_el("th", head, scope="col") for head in ("module", "path", "state", "running", "on disk")]
-    text = f"sha256 of the source that each module executed and of the file on disk; {told}"
+    text = "sha256 of the source that each module executed, and of the file on disk"
     lines = [
         _el("p", _el("strong", told, class_=style), f"; {view.functions} pieces of code in memory compared.")
     ]
@@ -343,7 +353,9 @@ def _modules(view: View) -> Html:
         lines.append(_el("p", f"Not the code of their source: {_clip(names)}", class_="bad"))
     table = _table("modules-table", text, heads, rows, len(view.modules) - len(rows))
     open_ = "" if style == "bad" else None
-    lines.append(_el("details", _el("summary", "Each module"), table, id="modules-all", open=open_))
+    lines.append(
+        _el("details", _el("summary", "Each module", id="modules-each"), table, id="modules-all", open=open_)
+    )
     return _section("modules", "Verification", *lines)
 
 

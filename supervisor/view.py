@@ -123,8 +123,8 @@ def table(family: Family, selection: Selection) -> Table:
     columns = sorted({place[-1] for place in sums})[:_COLUMNS_SHOWN]
     downs = sorted({place[:-1] for place in sums})
     rows = [(*down, *(_number(sums.get((*down, column), 0.0)) for column in columns)) for down in downs]
-    heads = (*labels[:-1], *(f"{labels[-1]}: {column}" for column in columns))
-    return Table(family.name, family.documentation, heads, tuple(rows), len(labels) - 1)
+    heads, across = (*labels[:-1], *columns), labels[-1]
+    return Table(family.name, family.documentation, heads, tuple(rows), len(labels) - 1, across)
 
 
 def standing(family: Family, selection: Selection) -> list[str]:

@@ -27,6 +27,7 @@ import contextlib
 import ipaddress
 import json
 import os
+import re
 import select
 import selectors
 import socket
@@ -37,7 +38,6 @@ from collections.abc import Callable, Collection, Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Generic, TypeVar
-from urllib.parse import urlsplit
 
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
@@ -50,6 +50,7 @@ _STREAM_LOOK_SECONDS = 0.5
 _STREAM_SILENCE_SECONDS = 10.0
 """After which a stream says something that means nothing, so that a side that is gone is noticed."""
 _TIMEOUT_SECONDS = 5.0
+_HOST = re.compile(r"(?:\[(?P<address>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9._-]+))(?::[0-9]*)?")
 _RELIEF_SECONDS = 0.1
 _ANSWERS_SECONDS = 1.0
 
@@ -362,12 +363,13 @@ class _Served:
 
     def knows(self, host: str) -> bool:
         """Whether a Host header names us: an address cannot be made to mean another one, a name can."""
+        found = _HOST.fullmatch(host)
+        if found is None:
+            return False
         try:
-            name = urlsplit(f"//{host}").hostname or ""
-            ipaddress.ip_address(name)
+            ipaddress.ip_address(found["address"] or found["name"])
         except ValueError:
-            plain = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
-            name = plain.lower().rstrip(".")
+            name = (found["name"] or "").lower().rstrip(".")
             return name in self._hosts() or name.endswith(".localhost")
         return True
 
