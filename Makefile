@@ -44,7 +44,7 @@ cold: $(STAMP) ## the tests that supervise processes once more, without the zygo
 soak: $(STAMP) ## what takes minutes: whole kill matrix, 200 reloads and 200 checkouts in a row, the monitor killed everywhere
 	@WA_SOAK=1 $(VENV)/bin/python -m pytest --numprocesses=$(WORKERS) $(ARGS) \
 		tests/supervisor/test_kill_matrix.py tests/supervisor/test_soak.py tests/supervisor/test_checkouts.py \
-		tests/supervisor/test_metrics.py tests/supervisor/test_watch_whole.py tests/supervisor/test_reexec.py tests/supervisor/test_zygote.py \
+		tests/test_counts.py tests/supervisor/test_metrics.py tests/supervisor/test_watch_whole.py tests/supervisor/test_reexec.py tests/supervisor/test_zygote.py \
 		tests/monitor/test_model.py
 
 gauntlet: $(STAMP) ## stale bytecode and proof on every supported interpreter of this machine; ARGS=--others leaves out ours

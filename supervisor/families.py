@@ -10,6 +10,9 @@ can be put into an exposition without a second look. The rules:
   histogram again and ``le="+Inf"`` equals the count.
 - A histogram is whole: its buckets rise with their bounds, and ``le="+Inf"`` and the count are there and are
   one number. Buckets that fall are no histogram.
+- **A counter that began before its process is not the process's.** Its ``_created`` says so (OpenMetrics):
+  it is kept in a database, say, and each process shows all of it. Such totals are not added up, the highest
+  counts; so they are exact also when a process is killed before it could send its last numbers.
 - A value that is no total (a quantile, a NaN in a counter) is never added to one: it would stay for ever.
 
 What a family looks like in an exposition is written here as well (:func:`lines`), with the texts of label
@@ -76,17 +79,43 @@ class Family:
         documentation: one text.
         kind: of prometheus_client's types.
         values: of its series.
+        since: when its counters began, in seconds since 1970, if that was before the process did: then they
+            are kept somewhere else and go on by themselves. None for the process's own.
     """
 
     name: str
     documentation: str
     kind: str
     values: Values
+    since: float | None = None
 
     @property
     def names(self) -> frozenset[str]:
         """Every name that this family has in an exposition, its own included."""
         return frozenset({self.name, *(self.name + suffix for suffix in _SUFFIXES[self.kind])})
+
+
+@dataclass(frozen=True, slots=True)
+class Lasting:
+    """A total that outlives the processes that show it.
+
+    Attributes:
+        since: when it began; a later one is another counter, after which this one's end is kept.
+        value: the highest that was seen of it.
+        before: what the counters came to that it took the place of.
+    """
+
+    since: float
+    value: float
+    before: float = 0.0
+
+    def after(self, since: float, value: float) -> Lasting:
+        """Return the same after another report; of a counter that is superseded none counts."""
+        if since < self.since:
+            return self
+        if since > self.since:
+            return Lasting(since, value, self.before + self.value)
+        return Lasting(since, max(value, self.value), self.before)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +171,8 @@ def parse(report: object) -> Family:
         elif series[0] not in legal:
             raise FamilyError(f"{name} has a sample called {series[0]!r}")
     documentation = _text(report.get("documentation")) or _NO_DOCUMENTATION
-    return Family(name, documentation, kind, _whole(name, values) if kind == "histogram" else values)
+    whole = _whole(name, values) if kind == "histogram" else values
+    return Family(name, documentation, kind, whole, _since(report.get("since")))
 
 
 def lines(family: Family, values: Values) -> Iterator[str]:
@@ -163,11 +193,11 @@ def added(first: Values, second: Values) -> Values:
 
 
 def total_values(families: Iterable[Family]) -> Values:
-    """Return all series of the families that are totals."""
+    """Return all series of the families that are totals of the process."""
     return {
         series: value
         for family in families
-        if family.kind in TOTAL_KINDS
+        if family.kind in TOTAL_KINDS and family.since is None
         for series, value in family.values.items()
     }
 
@@ -188,6 +218,14 @@ def _unit(series: Series) -> Series:
         if name.endswith(suffix):
             return name.removesuffix(suffix), labels
     return name, labels
+
+
+def _since(value: object) -> float | None:
+    if value is None:
+        return None
+    if type(value) not in _NUMBERS or not math.isfinite(value):  # type: ignore[arg-type]
+        raise FamilyError("what counters began at is no time")
+    return float(value)  # type: ignore[arg-type]
 
 
 def _is_shown(value: float, *, is_total: bool, is_sum: bool) -> bool:

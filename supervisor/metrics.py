@@ -47,6 +47,7 @@ from supervisor.families import (
     TOTAL_KINDS,
     Family,
     FamilyError,
+    Lasting,
     Series,
     Totals,
     Values,
@@ -315,6 +316,7 @@ class Known:
         ended: the generations that are gone.
         rejected: how many families of the last report could not be shown.
         seen: name of a family to the monotonic time of the newest report that had it.
+        lasting: totals that outlive the processes.
     """
 
     bases: Values = field(default_factory=dict)
@@ -325,6 +327,7 @@ class Known:
     ended: frozenset[int] = frozenset()
     rejected: int = 0
     seen: Mapping[str, float] = field(default_factory=dict)
+    lasting: Mapping[Series, Lasting] = field(default_factory=dict)
 
 
 class ChildMetrics:
@@ -360,11 +363,13 @@ class ChildMetrics:
                 seen[family.name] = now
         before = known.totals.get(generation, Totals())
         report = total_values(accepted)
-        new = report.keys() - before.last.keys()
+        lasting = _lasting(known.lasting, accepted)
+        new = (report.keys() - before.last.keys()) | (lasting.keys() - known.lasting.keys())
         if _kept(known) + len(new) > KEPT_LIMIT:
             known = _forget(known, _gone(known, now))
             if _kept(known) + len(new) > KEPT_LIMIT:
                 report = {s: v for s, v in report.items() if s in before.last or s in known.bases}
+                lasting = {s: total for s, total in lasting.items() if s in known.lasting}
         self._known = replace(
             known,
             totals={**known.totals, generation: before.after(report)},
@@ -372,6 +377,7 @@ class ChildMetrics:
             newest=newest,
             rejected=len(reports) - len(accepted),
             seen=seen,
+            lasting=lasting,
         )
 
     def go_live(self, generation: int) -> None:
@@ -448,7 +454,9 @@ def _shown(known: Known, gone: frozenset[str], only: str | None = None) -> Itera
     if only is not None:
         wanted = frozenset(name for family in families for name in family.names)
         known = _of(known, wanted)
-    totals = _by_name(reduce(added, (t.values for t in known.totals.values()), known.bases))
+    sums = reduce(added, (t.values for t in known.totals.values()), known.bases)
+    lasting = {s: max(sums.get(s, 0.0), total.before + total.value) for s, total in known.lasting.items()}
+    totals = _by_name({**sums, **lasting} if lasting else sums)
     for family in families:
         values: Values = {}
         if family.kind in TOTAL_KINDS:
@@ -459,13 +467,25 @@ def _shown(known: Known, gone: frozenset[str], only: str | None = None) -> Itera
             yield replace(family, values=values)
 
 
+def _lasting(before: Mapping[Series, Lasting], families: Iterable[Family]) -> Mapping[Series, Lasting]:
+    """Return the totals that outlive processes, after a report."""
+    after = dict(before)
+    for family in families:
+        if family.kind == "counter" and family.since is not None:
+            for series, value in family.values.items():
+                known = before.get(series, Lasting(family.since, value))
+                after[series] = known.after(family.since, value)
+    return after
+
+
 def _kept(known: Known) -> int:
-    return len(known.bases) + sum(len(totals.last) for totals in known.totals.values())
+    return len(known.bases) + len(known.lasting) + sum(len(totals.last) for totals in known.totals.values())
 
 
 def _forget(known: Known, gone: frozenset[str]) -> Known:
     names = {name for family in gone for name in known.newest[family][1].names}
-    return replace(known, bases={s: value for s, value in known.bases.items() if s[0] not in names})
+    bases = {s: value for s, value in known.bases.items() if s[0] not in names}
+    return replace(known, bases=bases, lasting={s: t for s, t in known.lasting.items() if s[0] not in names})
 
 
 def _of(known: Known, names: frozenset[str]) -> Known:
@@ -475,7 +495,8 @@ def _of(known: Known, names: frozenset[str]) -> Known:
         return {series: value for series, value in values.items() if series[0] in names}
 
     totals = {number: Totals(of(t.carried), of(t.last)) for number, t in known.totals.items()}
-    return replace(known, bases=of(known.bases), totals=totals)
+    lasting = {series: total for series, total in known.lasting.items() if series[0] in names}
+    return replace(known, bases=of(known.bases), totals=totals, lasting=lasting)
 
 
 def _compatible(families: Iterable[tuple[int, Family]]) -> Iterator[Family]:

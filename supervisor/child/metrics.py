@@ -4,15 +4,22 @@ The rule: look, never import. An application that did not import the library pay
 Metrics of the process and of the interpreter are left out: the supervisor measures its child from outside,
 without its help. Of more than :data:`SERIES_LIMIT` series the largest families are left out, and a family
 says so: what explodes is one of them, and the others are what tells of it.
+
+A counter may be older than the process that shows it: its ``_created`` is passed on then (``since``), because
+the supervisor must not add up what goes on by itself.
 """
 
 from __future__ import annotations
 
 import sys
+import time
 from typing import Any
 
 SERIES_LIMIT = 20_000
 """How many series are sent at most: a hundred times what an application has that is meant to be watched."""
+
+_BEGAN = time.time()
+"""When this process began, or the one it was forked from; what was counted before is not counted here."""
 
 _ABOUT_THE_PROCESS = ("process_", "python_")
 
@@ -33,6 +40,7 @@ def families() -> list[dict[str, Any]] | None:
                 "name": family.name,
                 "documentation": family.documentation,
                 "type": family.type,
+                "since": _since(family),
                 "samples": [[s.name, dict(s.labels), float(s.value)] for s in family.samples],
             }
             for family in registry.collect()
@@ -41,6 +49,14 @@ def families() -> list[dict[str, Any]] | None:
     except BaseException as error:  # noqa: BLE001 -- a collector is foreign code, and may even raise SystemExit
         return [failure(f"collecting them raised {type(error).__name__}")]
     return _few(found)
+
+
+def _since(family: Any) -> float | None:  # noqa: ANN401 -- a Metric of a library that is not imported
+    """Return when a counter began that is older than this process, None for those that it counts itself."""
+    if family.type != "counter":
+        return None
+    created = [float(s.value) for s in family.samples if s.name == f"{family.name}_created"]
+    return min(created) if created and max(created) < _BEGAN else None
 
 
 def _few(found: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -55,6 +55,11 @@ def browser() -> Iterator[Any]:
 def opened(browser: Any) -> Iterator[Callable[..., Any]]:
     """Open pages; whatever a browser complains about while one is open fails the test."""
     complaints: list[str] = []
+
+    def refuse(dialog: Any) -> None:
+        complaints.append(f"a dialog: {dialog.message}")
+        dialog.dismiss()
+
     contexts = []
 
     def open_(address: str, **options: Any) -> Any:
@@ -64,7 +69,7 @@ def opened(browser: Any) -> Iterator[Callable[..., Any]]:
         page.set_default_timeout(DEADLINE_MS)
         page.on("console", lambda said: complaints.append(said.text) if said.type == "error" else None)
         page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("dialog", lambda dialog: (complaints.append(f"a dialog: {dialog.message}"), dialog.dismiss()))
+        page.on("dialog", refuse)
         page.on("request", lambda asked: complaints.append(asked.url) if address not in asked.url else None)
         page.goto(f"http://{address}/", wait_until="domcontentloaded")
         return page

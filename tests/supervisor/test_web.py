@@ -18,6 +18,7 @@ from prometheus_client.registry import Collector
 
 from supervisor import web
 from supervisor.errors import AddressError
+from supervisor.page import POLICY
 from supervisor.web import WebServer
 from tests.supervisor.harness import until
 
@@ -488,7 +489,7 @@ def test_page_is_one_document_with_its_policy(server: WebServer) -> None:
     code, body, headers = ask(server, "/", Host="127.0.0.1")
     assert (code, headers["Content-Type"]) == (200, "text/html; charset=utf-8")
     assert "<p>said</p>" in body
-    assert headers["Content-Security-Policy"] == web.page.POLICY
+    assert headers["Content-Security-Policy"] == POLICY
 
 
 def test_follower_is_told_all_and_then_what_has_changed(
