@@ -1,8 +1,7 @@
 """Exact totals of what was stored, committed together with the rows they count.
 
 The rule: a total is kept in the cursor row and never in memory alone. After a SIGKILL at any moment the row
-says what is true, and the metrics are read from it. As a value it can be added (a batch) and subtracted
-(what a process found when it came).
+says what is true, and the metrics are read from it.
 """
 
 from collections import Counter
