@@ -3,8 +3,8 @@
 An application exports 1,000 or 10,000 counters and the time at which it was asked for them; it writes a line
 when it serves. Measured are the time of a scrape while nothing happens and while reloads run, how old what it
 shows is, and the time from a save to the first line of the new code, in turn with nobody scraping and with a
-scraper that asks again a moment after it was answered, so that each reload meets one scrape or more (Prometheus
-asks every 15 seconds). Prints a Markdown table and writes it to ``benchmarks/results/scrape.md``.
+scraper that asks again a moment after it was answered, so that each reload meets a scrape (Prometheus asks
+every 15 seconds). Prints a Markdown table and writes it to ``benchmarks/results/scrape.md``.
 """
 
 from __future__ import annotations
