@@ -22,8 +22,11 @@ PEERS := .venv-peers
 
 SUPERVISING := service ends healing history ignored kill_matrix orphans output proof_at_work pipeline races soak web
 
+# What `make page` looks with is none of our dependencies either, and lies in a folder of its own.
+BROWSER := .venv-page
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test systemd cold soak gauntlet bench lint format lock ci
+.PHONY: help demo test systemd page cold soak gauntlet bench lint format lock ci
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -47,11 +50,14 @@ systemd: $(STAMP) ## the units under a real systemd, booted in namespaces: needs
 soak: $(STAMP) ## what takes minutes: whole kill matrix, 200 reloads and 200 checkouts in a row, the monitor killed everywhere
 	@WA_SOAK=1 $(VENV)/bin/python -m pytest --numprocesses=$(WORKERS) $(ARGS) \
 		tests/supervisor/test_kill_matrix.py tests/supervisor/test_soak.py tests/supervisor/test_checkouts.py \
-		tests/supervisor/test_watch_whole.py tests/supervisor/test_reexec.py tests/supervisor/test_zygote.py \
+		tests/test_counts.py tests/supervisor/test_metrics.py tests/supervisor/test_watch_whole.py tests/supervisor/test_reexec.py tests/supervisor/test_zygote.py \
 		tests/monitor/test_model.py
 
 gauntlet: $(STAMP) ## stale bytecode and proof on every supported interpreter of this machine; ARGS=--others leaves out ours
 	@bash .ci/gauntlet $(ARGS)
+
+page: $(STAMP) $(BROWSER)/complete ## the status page in a real Chromium; WA_SCREENSHOTS=1 takes the pictures in docs/ anew
+	@WA_PAGE_PACKAGES=$(CURDIR)/$(BROWSER) $(VENV)/bin/python -m pytest $(ARGS) tests/page
 
 bench: $(STAMP) $(PEERS)/complete ## against what others use, side by side, ten minutes; ARGS=--quick tries it
 	@BENCH_PEERS=$(PEERS) $(VENV)/bin/python benchmarks/peers.py $(ARGS)
@@ -97,3 +103,9 @@ $(PEERS)/complete: benchmarks/requirements.txt $(STAMP)
 	if $$install -r benchmarks/requirements.txt; then touch $@; else \
 		echo "not all can be installed: what is missing has a row that says so"; \
 		grep '^[^#]' benchmarks/requirements.txt | xargs -n 1 $$install || true; fi
+
+$(BROWSER)/complete: tests/page/requirements.txt $(STAMP)
+	@echo "fetching what looks at the status page into $(BROWSER)"
+	@rm -rf $(BROWSER)
+	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --target $(BROWSER) -r $<
+	@touch $@

@@ -2,8 +2,10 @@
 
 The rule: what counts rows comes from the database, not from this process. `wa_monitor_drops_stored_total`,
 `wa_monitor_messages_total` and `wa_monitor_lid_resolved_total` are the totals that the cursor row holds,
-committed together with the rows they count. Run alone, they are shown as they are and never go down. Under a
-supervisor, which adds up its children, each process shows what was added since it came (`show_since`).
+committed together with the rows they count. They are shown as they are, by each process all of them, and
+say by their `_created` that they began with the cursor: whoever adds up processes knows by that what is no
+process's own. So they are exact also after a SIGKILL. Before the cursor was read there is nothing to show: a
+zero would be taken for a reset, and the total after it for news.
 
 The label sets of all enabled projects exist from 0 at the start: `increase()` does not see a series that is
 born at 1, and the first LID ever must be seen.
@@ -31,6 +33,9 @@ from monitor.totals import KINDS, DropSeries, Totals
 
 OTHER_PROJECT = "other"
 BATCH_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
+_CLOCKS_DIFFER_SECONDS = 86_400.0
+"""By how much the beginning is told too early: the clock of the database may be ahead of ours."""
+
 _ERROR_LABELS = error_labels(BridgeError, StoreError)
 
 
@@ -41,8 +46,8 @@ class Snapshot:
     projects: tuple[str, ...] = ()
     """Names of the enabled projects."""
     totals: Totals = field(default_factory=Totals)
-    base: Totals = field(default_factory=Totals)
-    """What was there before this process came, where somebody else adds the processes up."""
+    began: datetime | None = None
+    """When the totals began; None until they are known."""
     lid_rows: Mapping[str, int] = field(default_factory=dict)
     pending: int = 0
     repaired: int = 0
@@ -72,12 +77,6 @@ class MonitorMetrics(Collector):
         with self._lock:
             self._snapshot = replace(self._snapshot, **changes)  # type: ignore[arg-type]
 
-    def show_since(self, totals: Totals) -> None:
-        """Show from now on what was shown so far and what is added to `totals`; the rest is others' work."""
-        with self._lock:
-            shown = self._snapshot.totals - self._snapshot.base
-            self._snapshot = replace(self._snapshot, totals=totals, base=totals - shown)
-
     def count_error(self, label: str) -> None:
         """Count an error of reading or writing."""
         with self._lock:
@@ -97,29 +96,8 @@ class MonitorMetrics(Collector):
         """Yield all families."""
         with self._lock:
             now = self._snapshot
-        shown = now.totals - now.base
-        yield _drops(now.projects, shown)
-        yield _by_label(
-            "wa_monitor_messages",
-            "Messages of enabled projects that were dealt with",
-            "project",
-            {**dict.fromkeys(now.projects, 0), **shown.messages},
-        )
-        yield _by_label(
-            "wa_monitor_look_alikes",
-            "Places in messages that look like a drop and are none",
-            "project",
-            {**dict.fromkeys(now.projects, 0), **shown.look_alikes},
-        )
-        yield _by_label(
-            "wa_monitor_textless_messages",
-            "Messages without a text, such as photos: the bridge does not keep captions",
-            "project",
-            {**dict.fromkeys(now.projects, 0), **shown.textless},
-        )
-        yield _counter(
-            "wa_monitor_lid_resolved", "Pending senders that got their phone from the map", shown.resolved
-        )
+        if now.began is not None:
+            yield from _totals(now.projects, now.totals, now.began.timestamp() - _CLOCKS_DIFFER_SECONDS)
         yield _counter("wa_monitor_lid_repaired", "Rows in which a repair replaced a LID", now.repaired)
         yield _by_label(
             "wa_monitor_store_errors",
@@ -175,7 +153,39 @@ class MonitorMetrics(Collector):
             )
 
 
-def _drops(projects: tuple[str, ...], totals: Totals) -> CounterMetricFamily:
+def _totals(projects: tuple[str, ...], totals: Totals, created: float) -> Iterator[Metric]:
+    """Show what the cursor row holds."""
+    yield _drops(projects, totals, created)
+    yield _by_label(
+        "wa_monitor_messages",
+        "Messages of enabled projects that were dealt with",
+        "project",
+        {**dict.fromkeys(projects, 0), **totals.messages},
+        created,
+    )
+    yield _by_label(
+        "wa_monitor_look_alikes",
+        "Places in messages that look like a drop and are none",
+        "project",
+        {**dict.fromkeys(projects, 0), **totals.look_alikes},
+        created,
+    )
+    yield _by_label(
+        "wa_monitor_textless_messages",
+        "Messages without a text, such as photos: the bridge does not keep captions",
+        "project",
+        {**dict.fromkeys(projects, 0), **totals.textless},
+        created,
+    )
+    yield _counter(
+        "wa_monitor_lid_resolved",
+        "Pending senders that got their phone from the map",
+        totals.resolved,
+        created,
+    )
+
+
+def _drops(projects: tuple[str, ...], totals: Totals, created: float) -> CounterMetricFamily:
     family = CounterMetricFamily(
         "wa_monitor_drops_stored",
         "Drops stored, by what their row holds after the write",
@@ -185,7 +195,7 @@ def _drops(projects: tuple[str, ...], totals: Totals) -> CounterMetricFamily:
         (name, judged, kind): 0 for name in projects for judged in JUDGEMENTS for kind in KINDS
     }
     for labels, count in {**series, **totals.drops}.items():
-        family.add_metric(labels, count)
+        family.add_metric(labels, count, created=created)
     return family
 
 
@@ -213,15 +223,19 @@ def _broken(broken: Component | None) -> GaugeMetricFamily:
     return family
 
 
-def _by_label(name: str, documentation: str, label: str, counts: Mapping[str, int]) -> CounterMetricFamily:
+def _by_label(
+    name: str, documentation: str, label: str, counts: Mapping[str, int], created: float | None = None
+) -> CounterMetricFamily:
     family = CounterMetricFamily(name, documentation, labels=(label,))
     for value, count in counts.items():
-        family.add_metric((value,), count)
+        family.add_metric((value,), count, created=created)
     return family
 
 
-def _counter(name: str, documentation: str, value: float) -> CounterMetricFamily:
-    return CounterMetricFamily(name, documentation, value=value)
+def _counter(
+    name: str, documentation: str, value: float, created: float | None = None
+) -> CounterMetricFamily:
+    return CounterMetricFamily(name, documentation, value=value, created=created)
 
 
 def _gauge(name: str, documentation: str, value: float) -> GaugeMetricFamily:

@@ -234,10 +234,7 @@ class Relay:
             "Drop monitor started (epoch %d, source %s, database %s)", held.epoch, held.source, database.place
         )
         self._notifier.status(f"writing, epoch {held.epoch}, database {database.place}")
-        if self._owner.generation and not seen.owner.is_same_process(self._owner):
-            self._metrics.show_since(seen.totals)
-        else:
-            self._metrics.update(totals=seen.totals)
+        self._metrics.update(totals=seen.totals, began=seen.created_at)
         beginning = Beginning.of(database, held.source, seen)
         store = Store(
             database,

@@ -1,8 +1,7 @@
 """Exact totals of what was stored, committed together with the rows they count.
 
 The rule: a total is kept in the cursor row and never in memory alone. After a SIGKILL at any moment the row
-says what is true, and the metrics are read from it. As a value it can be added (a batch) and subtracted
-(what a process found when it came).
+says what is true, and the metrics are read from it.
 """
 
 from collections import Counter
@@ -18,7 +17,7 @@ DropSeries = tuple[str, str, str]
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Counts since the cursor was created, or the difference between two such states."""
+    """Counts since the cursor was created."""
 
     drops: Counter[DropSeries] = field(default_factory=Counter)
     messages: Counter[str] = field(default_factory=Counter)
@@ -38,16 +37,6 @@ class Totals:
             self.resolved + other.resolved,
             self.look_alikes + other.look_alikes,
             self.textless + other.textless,
-        )
-
-    def __sub__(self, earlier: "Totals") -> "Totals":
-        """Return what was added since `earlier`."""
-        return Totals(
-            self.drops - earlier.drops,
-            self.messages - earlier.messages,
-            self.resolved - earlier.resolved,
-            self.look_alikes - earlier.look_alikes,
-            self.textless - earlier.textless,
         )
 
     def to_json(self) -> dict[str, Any]:

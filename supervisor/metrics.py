@@ -6,6 +6,12 @@ histogram series the supervisor keeps a base, the sum of what ended generations 
 base plus the present values. A gauge says how things are *now*, so it comes from the generation that serves,
 and is gone with it. Families that cannot be shown are counted, not hidden.
 
+A family that the serving code no longer has is shown for :data:`VANISH_SECONDS` after its last report, so
+that who looks five minutes back still finds it, and goes on from where it was if a rollback brings it back.
+What is kept is bounded: of one process :data:`SERIES_LIMIT` series, the smallest families first, so that one
+family that explodes does not take the others with it; of all together :data:`KEPT_LIMIT`, after that families
+that are no longer shown are forgotten, and then nothing new is taken.
+
 Series of the supervisor exist from 0, so that the first event ever is an increase. Names and labels: the
 contract of the project and https://prometheus.io/docs/practices/naming/.
 
@@ -15,9 +21,11 @@ restart).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
+from itertools import accumulate
 from typing import TypeVar, get_args
 
 import psutil
@@ -30,18 +38,21 @@ from prometheus_client import (
     PlatformCollector,
     ProcessCollector,
 )
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
+from supervisor.child.metrics import SERIES_LIMIT
 from supervisor.events import Outcome
 from supervisor.families import (
     TOTAL_KINDS,
     Family,
     FamilyError,
+    Lasting,
     Series,
     Totals,
     Values,
     added,
+    lines,
     parse,
     total_values,
 )
@@ -67,9 +78,22 @@ WATCH_MODES = ("events", "partial", "polling")
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _Value = TypeVar("_Value")
 
+VANISH_SECONDS = 300.0
+"""For how long a family is shown that the code no longer has: the range of our alerts."""
+
+KEPT_LIMIT = 50_000
+"""How many series of counters and histograms are remembered of all generations together."""
+
 _OURS = ("wa_supervisor_", "process_", "python_")
 _SCRAPE_ERROR = "wa_supervisor_child_scrape_error"
 """The one name of ours that a child may use: its own registry could not be read."""
+
+_REJECTED = Family(
+    "wa_supervisor_child_families_rejected",
+    "Metric families of the child that could not be shown, in its last report.",
+    "gauge",
+    {},
+)
 
 
 class SupervisorMetrics:
@@ -211,7 +235,10 @@ class _Carrying(Collector):
         for metric in self._histogram.collect():
             family = Family(metric.name, metric.documentation, metric.type, _values(metric))
             before = {series: value for series, value in self._carried.items() if series[0] in family.names}
-            yield _metric(family, added(family.values, before))
+            sums = Metric(family.name, family.documentation, family.kind)
+            for (name, labels), value in added(family.values, before).items():
+                sums.add_sample(name, dict(labels), value)
+            yield sums
 
 
 def _carry(counter: Counter, carried: Values) -> None:
@@ -288,6 +315,8 @@ class Known:
         live: the generation that serves.
         ended: the generations that are gone.
         rejected: how many families of the last report could not be shown.
+        seen: name of a family to the monotonic time of the newest report that had it.
+        lasting: totals that outlive the processes.
     """
 
     bases: Values = field(default_factory=dict)
@@ -297,9 +326,11 @@ class Known:
     live: int | None = None
     ended: frozenset[int] = frozenset()
     rejected: int = 0
+    seen: Mapping[str, float] = field(default_factory=dict)
+    lasting: Mapping[Series, Lasting] = field(default_factory=dict)
 
 
-class ChildMetrics(Collector):
+class ChildMetrics:
     """The series of all generations as one.
 
     The main loop updates it; scrapes read it from other threads. All that is known is one value that is
@@ -311,6 +342,7 @@ class ChildMetrics(Collector):
 
     def __init__(self, known: Known | None = None) -> None:
         self._known = known or Known()
+        self._written: tuple[Known, frozenset[str], bytes] | None = None
 
     @property
     def known(self) -> Known:
@@ -323,18 +355,29 @@ class ChildMetrics(Collector):
         if generation in known.ended:
             return
         reports = list(families)
-        accepted = tuple(family for report in reports if (family := _accepted(report)) is not None)
-        newest = dict(known.newest)
+        accepted = _few(family for report in reports if (family := _accepted(report)) is not None)
+        newest, seen, now = dict(known.newest), dict(known.seen), time.monotonic()
         for family in accepted:
             if generation >= newest.get(family.name, (0, family))[0]:
                 newest[family.name] = generation, family
-        totals = known.totals.get(generation, Totals()).after(total_values(accepted))
+                seen[family.name] = now
+        before = known.totals.get(generation, Totals())
+        report = total_values(accepted)
+        lasting = _lasting(known.lasting, accepted)
+        new = (report.keys() - before.last.keys()) | (lasting.keys() - known.lasting.keys())
+        if _kept(known) + len(new) > KEPT_LIMIT:
+            known = _forget(known, _gone(known, now))
+            if _kept(known) + len(new) > KEPT_LIMIT:
+                report = {s: v for s, v in report.items() if s in before.last or s in known.bases}
+                lasting = {s: total for s, total in lasting.items() if s in known.lasting}
         self._known = replace(
             known,
-            totals={**known.totals, generation: totals},
+            totals={**known.totals, generation: before.after(report)},
             families={**known.families, generation: accepted},
             newest=newest,
             rejected=len(reports) - len(accepted),
+            seen=seen,
+            lasting=lasting,
         )
 
     def go_live(self, generation: int) -> None:
@@ -352,25 +395,21 @@ class ChildMetrics(Collector):
             ended=known.ended | {generation},
         )
 
-    def collect(self) -> Iterator[Metric]:
-        """Yield the families, totals summed over generations."""
+    def exposition(self) -> bytes:
+        """Return all families in the text format, written anew only after something has changed."""
         known = self._known
-        yield GaugeMetricFamily(
-            "wa_supervisor_child_families_rejected",
-            "Metric families of the child that could not be shown, in its last report.",
-            value=known.rejected,
-        )
-        totals = _by_name(reduce(added, (t.values for t in known.totals.values()), known.bases))
-        now = {family.name: family for family in known.families.get(known.live or 0, ())}
-        for family in _compatible(known.newest.values()):
-            if family.kind in TOTAL_KINDS:
-                values = {s: v for name in sorted(family.names) for s, v in totals.get(name, {}).items()}
-            elif family.name in now and now[family.name].kind == family.kind:
-                values = dict(now[family.name].values)
-            else:
-                continue
-            if values:
-                yield _metric(family, values)
+        gone = _gone(known, time.monotonic())
+        written = self._written
+        if written is None or written[0] is not known or written[1] != gone:
+            text = "".join(line for family in _shown(known, gone) for line in lines(family, family.values))
+            written = self._written = known, gone, text.encode()
+        return written[2]
+
+    def family(self, name: str) -> Family | None:
+        """Return one family as it is shown, by its own name or by that of its samples."""
+        known = self._known
+        shown = _shown(known, _gone(known, time.monotonic()), name)
+        return next((family for family in shown if name in family.names), None)
 
 
 def _accepted(report: object) -> Family | None:
@@ -378,7 +417,86 @@ def _accepted(report: object) -> Family | None:
         family = parse(report)
     except FamilyError:
         return None
-    return None if family.name.startswith(_OURS) and family.name != _SCRAPE_ERROR else family
+    if family.name == _SCRAPE_ERROR and family.kind == "gauge":
+        return family
+    return None if any(name.startswith(_OURS) for name in family.names) else family
+
+
+def _few(families: Iterable[Family]) -> tuple[Family, ...]:
+    """Return the families without the largest, as far as they are together more than there may be."""
+    accepted = tuple(families)
+    if sum(len(family.values) for family in accepted) <= SERIES_LIMIT:
+        return accepted
+    smallest_first = sorted(accepted, key=lambda family: len(family.values))
+    sizes = accumulate(len(family.values) for family in smallest_first)
+    return tuple(family for family, size in zip(smallest_first, sizes, strict=True) if size <= SERIES_LIMIT)
+
+
+def _gone(known: Known, now: float) -> frozenset[str]:
+    """Return the names of the families that the serving code lacks for long; no code, no judgement."""
+    if known.live not in known.families:
+        return frozenset()
+    reported = {family.name for families in known.families.values() for family in families}
+    return frozenset(
+        name
+        for name in known.newest
+        if name not in reported and now - known.seen.get(name, now) > VANISH_SECONDS
+    )
+
+
+def _shown(known: Known, gone: frozenset[str], only: str | None = None) -> Iterator[Family]:
+    """Yield what is shown, totals summed over generations; all families, or those that have a name."""
+    rejected: Values = {(_REJECTED.name, ()): float(known.rejected)}
+    yield replace(_REJECTED, values=rejected)
+    now = {family.name: family for family in known.families.get(known.live or 0, ())}
+    candidates = [entry for name, entry in known.newest.items() if name not in gone]
+    families = [family for family in _compatible(candidates) if only is None or only in family.names]
+    if only is not None:
+        wanted = frozenset(name for family in families for name in family.names)
+        known = _of(known, wanted)
+    sums = reduce(added, (t.values for t in known.totals.values()), known.bases)
+    lasting = {s: max(sums.get(s, 0.0), total.before + total.value) for s, total in known.lasting.items()}
+    totals = _by_name({**sums, **lasting} if lasting else sums)
+    for family in families:
+        values: Values = {}
+        if family.kind in TOTAL_KINDS:
+            values = {s: v for name in sorted(family.names) for s, v in totals.get(name, {}).items()}
+        elif family.name in now and now[family.name].kind == family.kind:
+            values = now[family.name].values
+        if values:
+            yield replace(family, values=values)
+
+
+def _lasting(before: Mapping[Series, Lasting], families: Iterable[Family]) -> Mapping[Series, Lasting]:
+    """Return the totals that outlive processes, after a report."""
+    after = dict(before)
+    for family in families:
+        if family.kind == "counter" and family.since is not None:
+            for series, value in family.values.items():
+                known = before.get(series, Lasting(family.since, value))
+                after[series] = known.after(family.since, value)
+    return after
+
+
+def _kept(known: Known) -> int:
+    return len(known.bases) + len(known.lasting) + sum(len(totals.last) for totals in known.totals.values())
+
+
+def _forget(known: Known, gone: frozenset[str]) -> Known:
+    names = {name for family in gone for name in known.newest[family][1].names}
+    bases = {s: value for s, value in known.bases.items() if s[0] not in names}
+    return replace(known, bases=bases, lasting={s: t for s, t in known.lasting.items() if s[0] not in names})
+
+
+def _of(known: Known, names: frozenset[str]) -> Known:
+    """Return what is known of the series with these names, so that nobody adds up the others for nothing."""
+
+    def of(values: Values) -> Values:
+        return {series: value for series, value in values.items() if series[0] in names}
+
+    totals = {number: Totals(of(t.carried), of(t.last)) for number, t in known.totals.items()}
+    lasting = {series: total for series, total in known.lasting.items() if series[0] in names}
+    return replace(known, bases=of(known.bases), totals=totals, lasting=lasting)
 
 
 def _compatible(families: Iterable[tuple[int, Family]]) -> Iterator[Family]:
@@ -388,13 +506,6 @@ def _compatible(families: Iterable[tuple[int, Family]]) -> Iterator[Family]:
         if not taken & family.names:
             taken |= family.names
             yield family
-
-
-def _metric(family: Family, values: Values) -> Metric:
-    metric = Metric(family.name, family.documentation, family.kind)
-    for (name, labels), value in values.items():
-        metric.add_sample(name, dict(labels), value)
-    return metric
 
 
 def _by_name(values: Values) -> Mapping[str, Mapping[Series, float]]:

@@ -23,11 +23,14 @@ import os
 import selectors
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from prometheus_client.exposition import generate_latest
 
 from supervisor import events, health, lifecycle, lock, orphans
 from supervisor.blobs import BlobStore
@@ -60,6 +63,7 @@ from supervisor.settling import MAX_SETTLE_SECONDS
 from supervisor.starting import Starter
 from supervisor.status import in_sync_problem
 from supervisor.succession import Succession
+from supervisor.view import Page, Published, is_loopback
 from supervisor.watch import Watcher
 from supervisor.web import WebServer
 from supervisor.zygote import Zygote
@@ -77,6 +81,8 @@ _OVERSLEPT_SECONDS = 1.0
 _CLOSE_SECONDS = 2.0
 _EXTENSION_SECONDS = 10.0
 """What the service manager is asked for with each look, while a start, a reload or a stop goes on."""
+_SWITCH_SECONDS = 0.0005
+"""For how long a thread that writes metrics keeps the interpreter from the loop; a tenth of what is usual."""
 
 
 class Service:
@@ -126,7 +132,6 @@ class Service:
         self._notifier = Notifier(inherited, estate.owed if estate else ())
         metrics_registry = registry()
         self._child_metrics = ChildMetrics(estate.child_metrics if estate else None)
-        metrics_registry.register(self._child_metrics)
         self._reporting = Reporting(metrics_registry, self._notifier, estate.reporting if estate else None)
         self._scribe = Scribe()
         self._history = History(settings.state_dir / "history.db", self._scribe)
@@ -204,8 +209,14 @@ class Service:
         self._status: dict[str, Any] = {}
         self._estate = estate
         self._state = self._adopt(estate) if estate is not None else self._recall()
+        self._facts = Published({}, None, None, settings)
         self._web = WebServer(
-            settings.listen, metrics_registry, self._published, estate.web if estate else None
+            settings.listen,
+            lambda: generate_latest(metrics_registry) + self._child_metrics.exposition(),
+            self._published,
+            Page(lambda: self._facts, self._history, self._child_metrics),
+            allowed_hosts=lambda: self._settings.allowed_hosts,
+            listener=estate.web if estate else None,
         )
 
     @property
@@ -248,6 +259,7 @@ class Service:
         Or until it is to be replaced: then nothing is ended, and what is returned is for another image.
         """
         orphans.become_subreaper()
+        sys.setswitchinterval(_SWITCH_SECONDS)
         previous = {number: signal.signal(number, _ignore_here) for number in SIGNALS}
         wakeup = signal.set_wakeup_fd(self._wake_writer.fileno(), warn_on_full_buffer=False)
         if self._estate is not None:
@@ -255,7 +267,13 @@ class Service:
         try:
             self._watcher.start()
             log.info("watching %s (%s)", ", ".join(self._settings.tree.roots), self._watcher.health.mode)
-            log.info("status at http://%s/status.json, metrics at /metrics", self._web.address)
+            log.info("status at http://%s/, metrics at /metrics", self._web.address)
+            if not is_loopback(self._settings.listen[0]):
+                log.warning(
+                    "listening on %s: whoever reaches it reads status and metrics; use 127.0.0.1, or a proxy "
+                    "that asks who it is",
+                    self._web.address,
+                )
             self._pipeline.ask("start", time.monotonic())
             self._publish(time.monotonic())
             self._web.start()
@@ -1001,6 +1019,7 @@ class Service:
             problems=(*self._scribe.problems, *self._checkout.problems),
             own=self._succession.as_json,
         )
+        self._facts = Published(self._status, live.verdict if live else None, disk, self._settings)
 
     def _published(self) -> Mapping[str, Any]:
         """Return the last published status (called from the threads of HTTP)."""

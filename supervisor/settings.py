@@ -11,10 +11,11 @@ from __future__ import annotations
 import importlib.machinery
 import operator
 import os
+import re
 import sys
 import sysconfig
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,6 +36,8 @@ _Seconds = Annotated[float, msgspec.Meta(gt=0, le=_MAX_SECONDS)]
 _SecondsOrOff = Annotated[float, msgspec.Meta(ge=0, le=_MAX_SECONDS)]
 _Bytes = Annotated[int, msgspec.Meta(gt=0)]
 _MAX_PORT = 65535
+_PART = r'([a-zA-Z_][a-zA-Z0-9_]*)(?:="([^"]*)")?'
+_SELECTION = re.compile(rf"([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{{({_PART}(?:,\s*{_PART})*)\}})?", re.ASCII)
 _FIXED = {
     "tree.roots": "watch",
     "tree.ignore": "ignore",
@@ -124,9 +127,36 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     ] = None
     runtime_dir: Annotated[str | None, Flag("Which supervisor: the directory of its socket.", "DIR")] = None
     state_dir: Annotated[str | None, Flag("Directory for pinned sources.", "DIR")] = None
-    listen: Annotated[str, Flag("HOST:PORT of /metrics and /status.json; port 0 picks one.", "HOST:PORT")] = (
-        "127.0.0.1:9464"
-    )
+    allow_host: Annotated[
+        tuple[str, ...], Flag("Name by which others call that address; repeatable.", "NAME")
+    ] = ()
+    show_metric: Annotated[
+        tuple[str, ...],
+        Flag("Metric of the child on the status page, by these labels; repeatable.", "NAME{LABEL,…}"),
+    ] = ()
+    alarm: Annotated[
+        tuple[str, ...],
+        Flag("Metric of the child that is an alarm there if not 0; repeatable.", 'NAME{LABEL="…"}'),
+    ] = ()
+
+    listen: Annotated[
+        str, Flag("HOST:PORT of /metrics and the status page; port 0 picks one.", "HOST:PORT")
+    ] = "127.0.0.1:9464"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Some series of a metric of the child.
+
+    Attributes:
+        name: of the metric, as Prometheus shows it or without its suffix.
+        labels: by which numbers are added up; none of them: by all.
+        only: values that labels must have.
+    """
+
+    name: str
+    labels: tuple[str, ...] = ()
+    only: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -142,6 +172,9 @@ class Settings:
         zygote: whether children may be forked from a process that has their libraries loaded.
         env_file: of variables for the children.
         listen: host and port of the HTTP endpoint; port 0 lets the kernel choose.
+        allowed_hosts: names by which it may be called, beside addresses and its own.
+        shown_metrics: what of the child's metrics the status page shows.
+        alarms: what of them is an alarm there if it is not 0.
     """
 
     target: Target
@@ -163,6 +196,9 @@ class Settings:
     runtime_dir: Path
     state_dir: Path
     listen: tuple[str, int]
+    allowed_hosts: tuple[str, ...] = ()
+    shown_metrics: tuple[Selection, ...] = ()
+    alarms: tuple[Selection, ...] = ()
 
 
 def load_file(path: Path) -> dict[str, Any]:
@@ -240,6 +276,9 @@ def resolve(target: Target, options: Options) -> Settings:
         runtime_dir=runtime_dir(options.runtime_dir),
         state_dir=_state_dir(options.state_dir),
         listen=_address(options.listen),
+        allowed_hosts=tuple(name.lower().rstrip(".") for name in options.allow_host),
+        shown_metrics=tuple(_selection("show-metric", text) for text in options.show_metric),
+        alarms=tuple(_selection("alarm", text) for text in options.alarm),
     )
 
 
@@ -320,6 +359,19 @@ def _patterns(given: tuple[str, ...]) -> tuple[str, ...]:
         if not pattern or pattern.startswith(("/", "../")):
             raise UsageError(f"--ignore {text!r} is no name and no path below the watched folder")
     return patterns
+
+
+def _selection(option: str, text: str) -> Selection:
+    """Return what ``NAME``, ``NAME{LABEL,…}`` or ``NAME{LABEL="VALUE",…}`` selects."""
+    found = _SELECTION.fullmatch(text)
+    if found is None:
+        raise UsageError(f'--{option} {text!r} is no NAME, no NAME{{LABEL,…}} and no NAME{{LABEL="VALUE"}}')
+    given = [(part[1], part[2]) for part in re.finditer(_PART, found[2] or "")]
+    return Selection(
+        found[1],
+        tuple(label for label, value in given if value is None),
+        {label: value for label, value in given if value is not None},
+    )
 
 
 def _address(text: str) -> tuple[str, int]:

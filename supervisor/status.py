@@ -138,19 +138,25 @@ def verify_document(verdict: Verdict, *, same_tree: bool, duration_seconds: floa
     """
     return {
         "in_sync": verdict.attested and verdict.on_disk and same_tree,
-        "modules": [
-            {
-                "name": module.name,
-                "path": module.path,
-                "disk_sha256": module.disk_sha256,
-                "running_sha256": module.running_sha256,
-                "state": module.state,
-            }
-            for module in verdict.modules
-        ],
+        "modules": module_rows(verdict),
         "functions": {"checked": verdict.functions_checked, "foreign": list(verdict.foreign)},
         "duration_seconds": round(duration_seconds, 6),
     }
+
+
+def module_rows(verdict: Verdict, disk: Manifest | None = None) -> list[dict[str, Any]]:
+    """Return a row for each module of a verdict, compared with what is on disk now where that is given."""
+    shown = verdict.against(disk) if disk is not None else verdict
+    return [
+        {
+            "name": module.name,
+            "path": module.path,
+            "disk_sha256": module.disk_sha256,
+            "running_sha256": module.running_sha256,
+            "state": module.state,
+        }
+        for module in shown.modules
+    ]
 
 
 def sentence(reload: Reload) -> str:

@@ -17,7 +17,7 @@ function of the tree when the generation was ready is looked at again for code f
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from supervisor.manifest import Manifest
@@ -96,6 +96,17 @@ class Verdict:
     def on_disk(self) -> bool:
         """Whether, in addition, every executed source is what stands on disk."""
         return all(module.state == "match" for module in self.modules)
+
+    def against(self, disk: Manifest) -> Verdict:
+        """Return the same proof compared with another state of the disk."""
+
+        def row(module: ModuleVerdict) -> ModuleVerdict:
+            on_disk, state = disk.sources.get(module.path), module.state
+            if state in {"match", "outdated"}:
+                state = "match" if module.running_sha256 == on_disk else "outdated"
+            return replace(module, disk_sha256=on_disk, state=state)
+
+        return replace(self, modules=tuple(row(module) for module in self.modules))
 
     @property
     def problem(self) -> str | None:

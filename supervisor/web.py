@@ -5,47 +5,77 @@ requests are answered in threads of their own from the last one. Their number is
 always gets through**: when all places are taken, a connection on which nothing is being answered makes room,
 the oldest first, and a client that neither speaks nor reads loses its connection after a few seconds anyway.
 
-Writing out 10,000 series takes a fifth of a second of the interpreter, so scrapes that arrive together share
-one exposition, made after the last of them had arrived.
+Writing out 10,000 series takes its time of the interpreter, so scrapes that arrive together share one
+exposition, made after the last of them had arrived.
 
-Rejected: ``prometheus_client.start_http_server`` (all interfaces by default, a thread for each connection
-without limit or timeout, one raising collector turns the whole scrape into an error).
+The status page (:mod:`supervisor.page`) is followed by server-sent events: a section is sent when it has
+changed. Streams have places of their own number among the connections, and are the next to make room after
+those that are silent; a browser comes back by itself.
+
+**A page of somebody else reads nothing here**, not even after it has made its own name mean our address (DNS
+rebinding): a request is answered when it names an address, this machine, or a name that the settings allow,
+and when no other origin has asked for it.
+
+Rejected: websockets (a protocol of its own for one direction), ``prometheus_client.start_http_server`` (all
+interfaces by default, a thread for each connection without limit or timeout, one raising collector turns the
+whole scrape into an error).
 """
 
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import json
+import os
+import re
 import select
 import selectors
 import socket
 import sys
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Collection, Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+from supervisor import page
 from supervisor.errors import AddressError
 
 _MAX_CONNECTIONS = 32
+_MAX_STREAMS = 8
+_STREAM_LOOK_SECONDS = 0.5
+_STREAM_SILENCE_SECONDS = 10.0
+"""After which a stream says something that means nothing, so that a side that is gone is noticed."""
 _TIMEOUT_SECONDS = 5.0
+_HOST = re.compile(r"(?:\[(?P<address>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9._-]+))(?::[0-9]*)?")
 _RELIEF_SECONDS = 0.1
 _ANSWERS_SECONDS = 1.0
 
 Status = Mapping[str, Any]
+Sections = Mapping[str, str]
+_Made = TypeVar("_Made")
+
+_HEADERS = {
+    "Cache-Control": "no-store",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
 
 
 class WebServer:
-    """Serves ``/metrics``, ``/livez``, ``/readyz`` and ``/status.json`` once it is started.
+    """Serves the status page, ``/metrics``, ``/livez``, ``/readyz`` and ``/status.json`` once it is started.
 
     Args:
         address: host and port; port 0 lets the kernel choose.
-        registry: what ``/metrics`` shows.
-        status: returns the last published status; called from other threads.
+        exposition: returns what ``/metrics`` shows. All three are called from other threads, one at a time.
+        status: returns the last published status.
+        sections: returns the title of the status page and its sections by their ids.
+        allowed_hosts: returns names by which the address may be called, beside its own and this machine's.
         listener: descriptor of a socket that another image of the supervisor listened on; None for a new one.
 
     Raises:
@@ -55,14 +85,22 @@ class WebServer:
     def __init__(
         self,
         address: tuple[str, int],
-        registry: CollectorRegistry,
+        exposition: Callable[[], bytes],
         status: Callable[[], Status],
+        sections: Callable[[], tuple[str, Sections]],
+        *,
+        allowed_hosts: Callable[[], Collection[str]] = tuple,
         listener: int | None = None,
     ) -> None:
-        exposition = _Exposition(registry)
+        served = _Served(
+            _Shared(exposition),
+            status,
+            _Shared(sections, reused_seconds=_STREAM_LOOK_SECONDS / 2),
+            lambda: {address[0].lower(), os.uname().nodename.lower(), "localhost", *allowed_hosts()},
+        )
 
         def handler(*args: Any) -> _Handler:  # noqa: ANN401 -- what the server passes on
-            return _Handler(*args, exposition=exposition, status=status)
+            return _Handler(*args, served=served)
 
         try:
             self._server = _Server(address, handler, listener)
@@ -114,13 +152,15 @@ class _Connections:
         self._answering: dict[socket.socket, bool] = {}
         self._unheard: set[socket.socket] = set()
         """Those that have not asked anything yet: their first words may be on the way."""
+        self._streams: set[socket.socket] = set()
 
     def add(self, connection: socket.socket) -> None:
         """Take a connection in; where there is no place left, another one is ended."""
         with self._changed:
             if len(self._answering) >= _MAX_CONNECTIONS:
-                idle = (known for known, answering in self._answering.items() if not answering)
-                self._end(next(idle, next(iter(self._answering))))
+                idle = [known for known, answering in self._answering.items() if not answering]
+                silent = (known for known in idle if known not in self._streams)
+                self._end(next(silent, next(iter((*idle, *self._answering)))))
             self._answering[connection] = False
             self._unheard.add(connection)
 
@@ -132,11 +172,22 @@ class _Connections:
                 self._unheard.discard(connection)
                 self._changed.notify_all()
 
+    def stream(self, connection: socket.socket) -> bool:
+        """Note that from now on a connection is told what is new; False if there are too many of these."""
+        with self._changed:
+            if len(self._streams) >= _MAX_STREAMS or connection not in self._answering:
+                return False
+            self._streams.add(connection)
+            self._answering[connection] = False
+            self._changed.notify_all()
+            return True
+
     def remove(self, connection: socket.socket) -> None:
         """Let go of a connection whose thread is done with it."""
         with self._changed:
             self._answering.pop(connection, None)
             self._unheard.discard(connection)
+            self._streams.discard(connection)
             self._changed.notify_all()
 
     def wait_for_answers(self) -> None:
@@ -158,6 +209,7 @@ class _Connections:
         """Wake the thread of a connection with its end; the thread closes it."""
         del self._answering[connection]
         self._unheard.discard(connection)
+        self._streams.discard(connection)
         _shut_down(connection)
 
 
@@ -211,8 +263,15 @@ class _Server(ThreadingHTTPServer):
                 self._accept()
 
     def stop(self) -> None:
-        """End :meth:`serve_forever` (from another thread)."""
+        """End :meth:`serve_forever` and all streams (from another thread)."""
         self._stop_writer.close()
+
+    def waits(self, connection: socket.socket, seconds: float) -> bool:
+        """Wait, and return whether neither the server nor the client of a stream has ended it."""
+        poll = select.poll()
+        poll.register(connection, select.POLLIN)
+        poll.register(self._stop_reader, select.POLLIN)
+        return not poll.poll(seconds * 1000)
 
     def server_close(self) -> None:
         """Close everything; the threads of open connections end with them."""
@@ -254,29 +313,65 @@ class _Server(ThreadingHTTPServer):
         self._stop_writer.close()
 
 
-class _Exposition:
-    """What ``/metrics`` shows, written out once for all who ask at the same time."""
+class _Shared(Generic[_Made]):
+    """Something that is made once for all who ask at the same time.
 
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self._registry = registry
+    Args:
+        make: makes it; never called twice at a time.
+        reused_seconds: for how long it is good enough for who asks later.
+    """
+
+    def __init__(self, make: Callable[[], _Made], reused_seconds: float = 0.0) -> None:
+        self._make = make
+        self._reused_seconds = reused_seconds
+        self._good_until = 0.0
         self._asking = threading.Lock()
         self._writing = threading.Lock()
         self._asked = 0
         self._written = 0
-        self._body = b""
+        self._made: _Made | None = None
 
-    def current(self) -> bytes:
-        """Return an exposition that was begun after this call."""
+    def current(self) -> _Made:
+        """Return one that was begun after this call, or one that is good enough."""
         with self._asking:
             self._asked += 1
             mine = self._asked
         with self._writing:
-            if self._written < mine:
+            made, now = self._made, time.monotonic()
+            if made is None or (self._written < mine and now >= self._good_until):
                 with self._asking:
                     written = self._asked
-                self._body = generate_latest(self._registry)
-                self._written = written
-            return self._body
+                made = self._made = self._make()
+                self._written, self._good_until = written, now + self._reused_seconds
+            return made
+
+
+class _Served:
+    """What is served, and who may ask for it."""
+
+    def __init__(
+        self,
+        exposition: _Shared[bytes],
+        status: Callable[[], Status],
+        sections: _Shared[tuple[str, Sections]],
+        hosts: Callable[[], Collection[str]],
+    ) -> None:
+        self.exposition = exposition
+        self.status = status
+        self.sections = sections
+        self._hosts = hosts
+
+    def knows(self, host: str) -> bool:
+        """Whether a Host header names us: an address cannot be made to mean another one, a name can."""
+        found = _HOST.fullmatch(host)
+        if found is None:
+            return False
+        try:
+            ipaddress.ip_address(found["address"] or found["name"])
+        except ValueError:
+            name = (found["name"] or "").lower().rstrip(".")
+            return name in self._hosts() or name.endswith(".localhost")
+        return True
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -286,15 +381,19 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = _TIMEOUT_SECONDS
     server: _Server
 
-    def __init__(self, *args: Any, exposition: _Exposition, status: Callable[[], Status]) -> None:  # noqa: ANN401
-        self._exposition = exposition
-        self._status = status
+    def __init__(self, *args: Any, served: _Served) -> None:  # noqa: ANN401 -- what the server passes on
+        self._served = served
         super().__init__(*args)
 
     def do_GET(self) -> None:
         """Answer GET (and HEAD, without a body)."""
         self.server.connections.answering(self.connection, now=True)
-        self._answer(self.path.partition("?")[0])
+        refused = self._refusal()
+        if refused is None:
+            self._answer(self.path.partition("?")[0])
+        else:
+            code, why = refused
+            self._send(code, f"{why}\n".encode(), "text/plain; charset=utf-8")
         self.server.connections.answering(self.connection, now=False)
 
     do_HEAD = do_GET  # noqa: N815 -- the name is http.server's
@@ -302,10 +401,40 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *args: object) -> None:
         """Keep quiet: a scrape every few seconds is no news."""
 
+    def end_headers(self) -> None:
+        """Add what every answer says to a browser."""
+        for name, value in _HEADERS.items():
+            self.send_header(name, value)
+        super().end_headers()
+
+    def _refusal(self) -> tuple[HTTPStatus, str] | None:
+        """Return why a request is not answered, None if it is."""
+        hosts = self.headers.get_all("Host", [])
+        if len(hosts) > 1:
+            return HTTPStatus.BAD_REQUEST, "more than one Host"
+        if hosts and not self._served.knows(hosts[0].strip()):
+            why = "no host of this name is here; use its address, or allow the name with --allow-host"
+            return HTTPStatus.MISDIRECTED_REQUEST, why
+        origins = self.headers.get_all("Origin", [])
+        own = {f"{scheme}://{host.strip()}".lower() for host in hosts for scheme in ("http", "https")}
+        mode, site = (
+            self.headers.get("Sec-Fetch-Mode", "navigate"),
+            self.headers.get("Sec-Fetch-Site", "none"),
+        )
+        foreign = site in {"cross-site", "same-site"} and mode != "navigate"
+        if foreign or not {origin.strip().lower() for origin in origins} <= own:
+            return HTTPStatus.FORBIDDEN, "pages of other origins may not read this"
+        return None
+
     def _answer(self, path: str) -> None:
-        status = self._status()
+        status = self._served.status()
         if path == "/metrics":
-            self._send(HTTPStatus.OK, self._exposition.current(), CONTENT_TYPE_LATEST)
+            self._send(HTTPStatus.OK, self._served.exposition.current(), CONTENT_TYPE_LATEST)
+        elif path == "/":
+            document = page.document(*self._served.sections.current()).encode()
+            self._send(HTTPStatus.OK, document, "text/html; charset=utf-8", policy=page.POLICY)
+        elif path == "/events":
+            self._stream()
         elif path == "/status.json":
             self._send(HTTPStatus.OK, json.dumps(status, indent=2).encode(), "application/json")
         elif path == "/livez":
@@ -314,16 +443,45 @@ class _Handler(BaseHTTPRequestHandler):
             why_not = str(status.get("reason") or "no live generation")
             self._probe(status.get("live") is not None, "a live, attested generation serves", why_not)
         else:
-            self._send(HTTPStatus.NOT_FOUND, b"see /metrics /livez /readyz /status.json\n", "text/plain")
+            self._send(HTTPStatus.NOT_FOUND, b"see / /metrics /livez /readyz /status.json\n", "text/plain")
+
+    def _stream(self) -> None:
+        """Tell what is new on the page until one side ends it."""
+        if self.command != "HEAD" and not self.server.connections.stream(self.connection):
+            why = b"too many pages are followed already; load this one again for its news\n"
+            self._send(HTTPStatus.SERVICE_UNAVAILABLE, why, "text/plain; charset=utf-8")
+            return
+        self.close_connection = True
+        self.send_response(HTTPStatus.OK)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        sent: Sections = {}
+        spoke_at = time.monotonic()
+        while True:
+            title, sections = self._served.sections.current()
+            news = {name: made for name, made in sections.items() if sent.get(name) != made}
+            silent = time.monotonic() - spoke_at > _STREAM_SILENCE_SECONDS
+            if news or silent:
+                said = f"data: {json.dumps({'title': title, 'sections': news})}" if news else ":"
+                self.wfile.write(f"{said}\n\n".encode())
+                sent, spoke_at = sections, time.monotonic()
+            if not self.server.waits(self.connection, _STREAM_LOOK_SECONDS):
+                return
 
     def _probe(self, good: bool, yes: str, no: str) -> None:
         code = HTTPStatus.OK if good else HTTPStatus.SERVICE_UNAVAILABLE
         text = f"{yes if good else no}\n".encode("utf-8", "replace")
         self._send(code, text, "text/plain; charset=utf-8")
 
-    def _send(self, code: HTTPStatus, body: bytes, content_type: str) -> None:
+    def _send(
+        self, code: HTTPStatus, body: bytes, content_type: str, policy: str = "default-src 'none'"
+    ) -> None:
         self.send_response(code)
         self.send_header("Content-Type", content_type)
+        self.send_header("Content-Security-Policy", policy)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":

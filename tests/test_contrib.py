@@ -12,7 +12,8 @@ from pathlib import Path
 import yaml
 from prometheus_client import CollectorRegistry
 
-from supervisor.metrics import SupervisorMetrics
+from supervisor.child.metrics import failure
+from supervisor.metrics import ChildMetrics, SupervisorMetrics
 
 ROOT = Path(__file__).parents[1]
 UNITS = ROOT / "contrib" / "systemd"
@@ -58,6 +59,8 @@ def test_rules_and_reference_name_metrics_that_exist() -> None:
     SupervisorMetrics(registry)
     ours = {sample.name for family in registry.collect() for sample in family.samples}
     ours |= {family.name for family in registry.collect()}
+    ours |= set(re.findall(r"\bwa_supervisor_\w+", ChildMetrics().exposition().decode()))
+    ours |= {failure("why")["name"]}
     named = set(re.findall(r"\bwa_supervisor_\w+", REFERENCE + RULES.read_text(encoding="utf-8")))
     assert named <= ours
     assert {name for name in ours if name.endswith("_total")} <= named

@@ -41,7 +41,10 @@ if TYPE_CHECKING:
 
 _IDENTITY: Final = Path("monitor", "identity.py")
 _TARGET: Final = "monitor.app:main"
-_OPTIONS: Final = ("--type", "notify", "--handover", "overlap")
+_OPTIONS: Final = (
+    *("--type", "notify", "--handover", "overlap"),
+    *("--show-metric", "wa_monitor_drops_stored_total{project,identity}", "--alarm", "wa_monitor_lid_rows"),
+)
 _SEED: Final = 20251111
 _BACKLOG: Final = 60
 _FIRST_DROP: Final = 1_000_001
@@ -132,7 +135,7 @@ class _Tour:
         self._seen(f"generation {self._live()['generation']} is live, its code proven, tree {self._tree()}")
         self._stage.wait("the backlog is stored", lambda: self._rows() >= self._backlog_drops)
         self._seen(f"{self._rows()} drops stored {time.monotonic() - began:.1f} s after the start")
-        self._seen(f"http://{self._stage.address}/metrics and /status.json answer")
+        self._seen(f"http://{self._stage.address}/ is the status page, /metrics and /status.json answer")
         self._expect(
             "the audit finds no LID", self._stage.command("wa-monitor", "audit", "--allow-waiting"), 0
         )
@@ -371,7 +374,7 @@ def _print_invitation(console: Console, stage: Stage) -> None:
     monitor = shlex.quote(os.path.relpath(script("wa-monitor")))
     run_dir = shlex.quote(str(stage.run_dir))
     rows = (
-        ("look", f"http://{stage.address}/status.json   and /metrics"),
+        ("look", f"http://{stage.address}/"),
         ("", f"{supervisor} status --runtime-dir {run_dir}"),
         ("break it", f"in {identity}"),
         ("", f"insert below line {line}, in decide():"),

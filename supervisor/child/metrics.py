@@ -2,13 +2,24 @@
 
 The rule: look, never import. An application that did not import the library pays nothing and sends nothing.
 Metrics of the process and of the interpreter are left out: the supervisor measures its child from outside,
-without its help.
+without its help. Of more than :data:`SERIES_LIMIT` series the largest families are left out, and a family
+says so: what explodes is one of them, and the others are what tells of it.
+
+A counter may be older than the process that shows it: its ``_created`` is passed on then (``since``), because
+the supervisor must not add up what goes on by itself.
 """
 
 from __future__ import annotations
 
 import sys
+import time
 from typing import Any
+
+SERIES_LIMIT = 20_000
+"""How many series are sent at most: a hundred times what an application has that is meant to be watched."""
+
+_BEGAN = time.time()
+"""When this process began, or the one it was forked from; what was counted before is not counted here."""
 
 _ABOUT_THE_PROCESS = ("process_", "python_")
 
@@ -24,18 +35,44 @@ def families() -> list[dict[str, Any]] | None:
     if registry is None:
         return None
     try:
-        return [
+        found = [
             {
                 "name": family.name,
                 "documentation": family.documentation,
                 "type": family.type,
+                "since": _since(family),
                 "samples": [[s.name, dict(s.labels), float(s.value)] for s in family.samples],
             }
             for family in registry.collect()
             if not family.name.startswith(_ABOUT_THE_PROCESS)
         ]
-    except Exception as error:  # noqa: BLE001 -- a collector is foreign code and may raise anything
+    except BaseException as error:  # noqa: BLE001 -- a collector is foreign code, and may even raise SystemExit
         return [failure(f"collecting them raised {type(error).__name__}")]
+    return _few(found)
+
+
+def _since(family: Any) -> float | None:  # noqa: ANN401 -- a Metric of a library that is not imported
+    """Return when a counter began that is older than this process, None for those that it counts itself."""
+    if family.type != "counter":
+        return None
+    created = [float(s.value) for s in family.samples if s.name == f"{family.name}_created"]
+    return min(created) if created and max(created) < _BEGAN else None
+
+
+def _few(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the families without the largest, as far as they are too many."""
+    total = sum(len(family["samples"]) for family in found)
+    left_out: list[str] = []
+    for family in sorted(found, key=lambda family: len(family["samples"]), reverse=True):
+        if total <= SERIES_LIMIT:
+            break
+        total -= len(family["samples"])
+        left_out.append(family["name"])
+    if not left_out:
+        return found
+    few = [family for family in found if family["name"] not in left_out]
+    why = f"more than {SERIES_LIMIT} series; left out: {', '.join(left_out[:5])}"
+    return [*few, failure(why)]
 
 
 def failure(why: str) -> dict[str, Any]:

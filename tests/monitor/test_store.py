@@ -10,6 +10,7 @@ import threading
 from collections import Counter
 from contextlib import closing
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -478,20 +479,19 @@ def _values(metrics: MonitorMetrics) -> dict[tuple[str, ...], float]:
 # what each process shows of the totals
 
 
-def test_process_under_a_supervisor_shows_only_what_it_added() -> None:
-    def shown(metrics: MonitorMetrics) -> float:
-        (family,) = [found for found in metrics.collect() if found.name == "wa_monitor_messages"]
-        return {sample.labels["project"]: sample.value for sample in family.samples}.get("Northfield", 0)
+def test_each_process_shows_all_of_the_totals_once_they_are_known_and_when_they_began() -> None:
+    def shown(metrics: MonitorMetrics) -> dict[str, float]:
+        families = [found for found in metrics.collect() if found.name == "wa_monitor_messages"]
+        return {sample.name: sample.value for family in families for sample in family.samples}
 
     metrics = MonitorMetrics()
-    metrics.show_since(Totals(messages=Counter(Northfield=100)))
-    assert shown(metrics) == 0
-    metrics.update(totals=Totals(messages=Counter(Northfield=107)))
-    assert shown(metrics) == 7
-    metrics.show_since(Totals(messages=Counter(Northfield=150)))  # another process added 43 meanwhile
-    assert shown(metrics) == 7
-    metrics.update(totals=Totals(messages=Counter(Northfield=151)))
-    assert shown(metrics) == 8
+    assert shown(metrics) == {}, "a zero would look like a reset"
+    began = datetime(2026, 1, 2, tzinfo=UTC)
+    metrics.update(totals=Totals(messages=Counter(Northfield=100)), began=began)
+    assert shown(metrics) == {
+        "wa_monitor_messages_total": 100,
+        "wa_monitor_messages_created": datetime(2026, 1, 1, tzinfo=UTC).timestamp(),
+    }
 
 
 # database URLs

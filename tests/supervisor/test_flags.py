@@ -76,6 +76,7 @@ def test_every_key_of_the_file_is_a_flag_and_means_the_same(tmp_path: Path) -> N
         "handover": "overlap",
         "max-memory": 7,
         "no-zygote": True,
+        **{key: ["a"] for key in ("allow-host", "show-metric", "alarm")},
         **dict.fromkeys(("env-file", "runtime-dir", "state-dir", "listen"), "text"),
     }
     words, lines = [], []

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, Summary
 from prometheus_client.core import Metric
 from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
@@ -24,14 +28,18 @@ from supervisor.families import FamilyError, Series, Totals, added, parse
 from supervisor.metrics import (
     RESTART_CAUSES,
     TRIGGERS,
+    VANISH_SECONDS,
     WATCH_MODES,
     ChildMetrics,
     ProcessSampler,
     SupervisorMetrics,
     registry,
 )
+from tests.supervisor.harness import SOAK, Supervised, until
 
 Report = dict[str, Any]
+ROOT = Path(__file__).parents[2]
+PROMTOOL = shutil.which("promtool")
 
 
 def counter(name: str, value: object, **labels: object) -> Report:
@@ -52,12 +60,27 @@ def histogram(name: str, **buckets: float) -> Report:
     return {"name": name, "documentation": "d", "type": "histogram", "samples": samples}
 
 
+def child_families_of(application: CollectorRegistry) -> list[Report]:
+    """What the child's own code sends of a registry."""
+    return [
+        {
+            "name": family.name,
+            "documentation": family.documentation,
+            "type": family.type,
+            "samples": [[s.name, dict(s.labels), float(s.value)] for s in family.samples],
+        }
+        for family in application.collect()
+    ]
+
+
 def shown(metrics: ChildMetrics) -> dict[str, float]:
     """Every series of the exposition as Prometheus would read it; twice the same series is an error."""
-    created = CollectorRegistry()
-    created.register(metrics)
+    return read(metrics.exposition().decode())
+
+
+def read(text: str) -> dict[str, float]:
     series: dict[str, float] = {}
-    for family in text_string_to_metric_families(generate_latest(created).decode()):
+    for family in text_string_to_metric_families(text):
         for sample in family.samples:
             labels = ",".join(f"{name}={value}" for name, value in sorted(sample.labels.items()))
             key = f"{sample.name}{{{labels}}}" if labels else sample.name
@@ -226,6 +249,59 @@ TestNeverFalls = NeverFalls.TestCase
 TestNeverFalls.settings = settings(max_examples=25, stateful_step_count=15)
 
 
+def lasting(name: str, value: float, since: object = 1.0) -> Report:
+    return {**counter(name, value), "since": since}
+
+
+def test_total_that_outlives_the_processes_is_not_added_up(metrics: ChildMetrics) -> None:
+    metrics.update(1, [lasting("drops", 100)])
+    metrics.update(2, [lasting("drops", 98)])
+    assert without_own(metrics) == {"drops_total": 100}, "the standby has seen less so far"
+    metrics.end(1)
+    metrics.update(2, [lasting("drops", 137)])
+    assert without_own(metrics) == {"drops_total": 137}, "and what the killed one had not sent is there"
+    metrics.update(3, [counter("drops", 3)])
+    assert without_own(metrics) == {"drops_total": 137}, "one of a process is none of these"
+
+
+def test_another_total_that_outlives_processes_goes_on_after_the_first(metrics: ChildMetrics) -> None:
+    metrics.update(1, [lasting("drops", 100, 1.0)])
+    metrics.update(2, [lasting("drops", 5, 2.0)])
+    metrics.update(1, [lasting("drops", 101, 1.0)])
+    metrics.update(2, [lasting("drops", 6, 2.0)])
+    assert without_own(metrics) == {"drops_total": 106}
+
+
+def test_total_of_a_process_becomes_one_that_outlives_it(metrics: ChildMetrics) -> None:
+    """A new version keeps in a database what the old one had counted in memory."""
+    metrics.update(1, [counter("drops", 5)])
+    metrics.end(1)
+    metrics.update(2, [lasting("drops", 2)])
+    assert without_own(metrics) == {"drops_total": 5}
+    metrics.update(2, [lasting("drops", 9)])
+    assert without_own(metrics) == {"drops_total": 9}
+
+
+def test_child_tells_what_began_before_it_from_what_it_counts_itself() -> None:
+    """An application's own counters have a time of creation, too."""
+    script = """
+import json, time
+from prometheus_client import REGISTRY, Counter
+from prometheus_client.core import CounterMetricFamily
+from supervisor.child import metrics
+Counter("own", "Own.").inc()
+class Kept:
+    def collect(self):
+        family = CounterMetricFamily("kept", "Kept.", labels=["x"])
+        family.add_metric(["1"], 7, created=1000.5)
+        yield family
+REGISTRY.register(Kept())
+print(json.dumps({f["name"]: f["since"] for f in metrics.families()}))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, cwd=ROOT)
+    assert json.loads(done.stdout) == {"own": None, "kept": 1000.5}
+
+
 def test_scrape_at_any_moment_of_a_handover_sees_the_same_total(
     metrics: ChildMetrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,6 +346,18 @@ BROKEN: dict[str, object] = {
     "bucket without a bound": {**histogram("a", le_1=1), "samples": [["a_bucket", {}, 1]]},
     "bucket with a bound of no number": histogram("a", le_x=1),
     "bucket with the bound NaN": histogram("a", le_nan=1),
+    "beginning that is no number": lasting("a", 1, "now"),
+    "beginning that is no time": lasting("a", 1, math.nan),
+    "buckets that fall": histogram("a", le_1=5, le_2=3),
+    "our own name by its suffix": counter("wa_supervisor", 1),
+    "the interpreter's name by its suffix": {
+        "name": "python",
+        "documentation": "d",
+        "type": "info",
+        "samples": [["python_info", {}, 1]],
+    },
+    "the one name of ours as another kind": counter("wa_supervisor_child_scrape_error", 1),
+    "label value that is a list": gauge("a", 1, x=[1]),
     "our own name": gauge("wa_supervisor_code_in_sync", 1),
     "the process's name": gauge("process_resident_memory_bytes", 1),
     "the interpreter's name": gauge("python_info", 1),
@@ -312,6 +400,197 @@ def test_gauge_may_have_any_value(metrics: ChildMetrics, value: float) -> None:
     metrics.go_live(1)
     metrics.update(1, [gauge("a", value)])
     assert str(without_own(metrics)["a"]) == str(value)
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [
+        [["a_bucket", {"le": "1"}, 2], ["a_bucket", {"le": "+Inf"}, 3], ["a_sum", {}, 1.5]],
+        [["a_bucket", {"le": "1"}, 2], ["a_count", {}, 3], ["a_sum", {}, 1.5]],
+        [
+            ["a_bucket", {"le": "1"}, 2],
+            ["a_bucket", {"le": "inf"}, 3],
+            ["a_count", {}, 3],
+            ["a_sum", {}, 1.5],
+        ],
+        [
+            ["a_bucket", {"le": "1e0"}, 2],
+            ["a_bucket", {"le": "+Inf"}, math.nan],
+            ["a_count", {}, 3],
+            ["a_sum", {}, 1.5],
+        ],
+        [
+            ["a_bucket", {"le": "1"}, 2],
+            ["a_bucket", {"le": "+Inf"}, 2],
+            ["a_count", {}, 3],
+            ["a_sum", {}, 1.5],
+        ],
+    ],
+    ids=["no count", "no last bucket", "other spelling", "NaN", "count above the last bucket"],
+)
+def test_histogram_that_lacks_something_is_shown_whole(metrics: ChildMetrics, samples: list[Any]) -> None:
+    report = {"name": "a", "documentation": "d", "type": "histogram", "samples": samples}
+    metrics.update(1, [report])
+    whole = {"a_bucket{le=1.0}": 2, "a_bucket{le=+Inf}": 3, "a_count": 3, "a_sum": 1.5}
+    assert without_own(metrics) == whole
+    metrics.end(1)
+    metrics.update(2, [report])
+    assert without_own(metrics) == {name: 2 * value for name, value in whole.items()}
+
+
+def test_histogram_without_anything_but_observations_missing_is_one(metrics: ChildMetrics) -> None:
+    metrics.update(
+        1, [{"name": "a", "documentation": "", "type": "histogram", "samples": [["a_count", {}, 2]]}]
+    )
+    assert without_own(metrics) == {"a_bucket{le=+Inf}": 2, "a_count": 2, "a_sum": 0}
+
+
+def test_histogram_begins_anew_as_a_whole(metrics: ChildMetrics) -> None:
+    """Only its first bucket shows that it was reset; added up one by one, its buckets would fall."""
+    metrics.update(1, [histogram("a", le_1=3, le_2=5)])
+    metrics.update(1, [histogram("a", le_1=0, le_2=5)])
+    metrics.update(1, [histogram("a", le_1=5, le_2=5)])
+    shown_now = without_own(metrics)
+    assert (shown_now["a_bucket{le=1.0}"], shown_now["a_bucket{le=2.0}"], shown_now["a_count"]) == (8, 10, 10)
+
+
+def many(name: str, count: int) -> Report:
+    samples = [[f"{name}_total", {"request": f"{number}"}, 1] for number in range(count)]
+    return {"name": name, "documentation": "d", "type": "counter", "samples": samples}
+
+
+def test_family_that_explodes_does_not_take_the_others_with_it(metrics: ChildMetrics) -> None:
+    metrics.update(1, [counter("before", 1), many("exploded", 100_000), counter("after", 2)])
+    assert shown(metrics) == {
+        "before_total": 1,
+        "after_total": 2,
+        "wa_supervisor_child_families_rejected": 1,
+    }
+
+
+def test_labels_that_are_never_the_same_again_are_remembered_up_to_a_limit(
+    metrics: ChildMetrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("supervisor.metrics.KEPT_LIMIT", 50)
+    for number in range(20):
+        metrics.update(
+            1 + number // 5,
+            [counter("jobs", 1, request=str(n)) for n in range(10 * number, 10 * number + 10)],
+        )
+        if number % 5 == 4:
+            metrics.end(1 + number // 5)
+    kept = without_own(metrics)
+    assert len(kept) == 50
+    metrics.update(9, [counter("jobs", 1, request="1")])
+    assert without_own(metrics)["jobs_total{request=1}"] == kept["jobs_total{request=1}"] + 1, (
+        "what is kept goes on"
+    )
+
+
+class Clock:
+    """Monotonic time that only a test moves."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr("supervisor.metrics.time", made)
+    return made
+
+
+def test_metric_that_new_code_lacks_vanishes_after_its_time(metrics: ChildMetrics, clock: Clock) -> None:
+    metrics.update(1, [counter("old", 5), counter("jobs", 1)])
+    metrics.go_live(1)
+    metrics.update(2, [counter("jobs", 1)])
+    metrics.go_live(2)
+    metrics.end(1)
+    clock.now += VANISH_SECONDS
+    metrics.update(2, [counter("jobs", 1)])
+    assert without_own(metrics) == {"old_total": 5, "jobs_total": 2}
+    clock.now += 1
+    assert without_own(metrics) == {"jobs_total": 2}, "also when nothing else has changed since"
+    assert metrics.family("old_total") is None
+    metrics.update(3, [counter("old", 1), counter("jobs", 0)])
+    metrics.go_live(3)
+    assert without_own(metrics) == {"old_total": 6, "jobs_total": 2}, "brought back, it goes on where it was"
+
+
+def test_metric_stays_while_nobody_serves_or_who_drains_still_has_it(
+    metrics: ChildMetrics, clock: Clock
+) -> None:
+    metrics.update(1, [counter("jobs", 5)])
+    metrics.go_live(1)
+    metrics.end(1)
+    clock.now += 10 * VANISH_SECONDS
+    assert without_own(metrics) == {"jobs_total": 5}, "nobody serves, so nobody has removed it"
+    metrics.update(2, [counter("jobs", 1)])
+    metrics.update(3, [])
+    metrics.go_live(3)
+    clock.now += 10 * VANISH_SECONDS
+    assert without_own(metrics) == {"jobs_total": 6}, "the one that drains still counts"
+
+
+def test_what_has_vanished_is_forgotten_before_new_series_are_refused(
+    metrics: ChildMetrics, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("supervisor.metrics.KEPT_LIMIT", 10)
+    metrics.update(1, [many("old", 10)])
+    metrics.end(1)
+    metrics.update(2, [])
+    metrics.go_live(2)
+    clock.now += VANISH_SECONDS + 1
+    metrics.update(2, [many("new", 10)])
+    assert len(without_own(metrics)) == 10
+    assert "new_total{request=9}" in without_own(metrics)
+
+
+def test_one_family_is_found_by_its_name_and_by_that_of_its_samples(metrics: ChildMetrics) -> None:
+    metrics.update(1, [counter("jobs", 5)])
+    metrics.end(1)
+    metrics.update(2, [counter("jobs", 1), counter("other", 1)])
+    for name in ("jobs", "jobs_total"):
+        found = metrics.family(name)
+        assert found is not None
+        assert found.values == {("jobs_total", ()): 6.0}
+    assert metrics.family("none") is None
+
+
+def test_exposition_is_what_the_library_writes_of_the_same(metrics: ChildMetrics) -> None:
+    """The reference for our own writer: the same names, texts, labels and values."""
+    application = CollectorRegistry()
+    Counter("jobs", 'With "quotes", \\ and\nlines', ["kind"], registry=application).labels('a"b\\c\nd é').inc(
+        1.5
+    )
+    Gauge("queue", "Queue", registry=application).set(math.inf)
+    Gauge("nothing", "Nothing", registry=application).set(math.nan)
+    Histogram("lag_seconds", "Lag", registry=application, buckets=(0.1, 5)).observe(2)
+    Info("build", "Build", registry=application).info({"version": "1"})
+    metrics.go_live(1)
+    metrics.update(1, json.loads(json.dumps(child_families_of(application))))
+    written = metrics.exposition().decode().splitlines()
+    reference = [
+        line for line in generate_latest(application).decode().splitlines() if "_created" not in line
+    ]
+    assert sorted(line for line in written if "wa_supervisor" not in line) == sorted(reference)
+
+
+@pytest.mark.skipif(PROMTOOL is None, reason="there is no promtool here (apt-get install prometheus)")
+def test_promtool_has_nothing_to_say_about_what_is_exposed(metrics: ChildMetrics) -> None:
+    created = registry()
+    SupervisorMetrics(created).set_code_info("a", None, dirty=None)
+    metrics.go_live(1)
+    metrics.update(
+        1, [histogram("lag_seconds", le_1=1), {**counter("jobs", 1, x='\n"é'), "documentation": ""}]
+    )
+    body = generate_latest(created) + metrics.exposition()
+    done = subprocess.run([str(PROMTOOL), "check", "metrics"], input=body, capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
 def test_text_that_cannot_be_written_is_replaced(metrics: ChildMetrics) -> None:
@@ -391,17 +670,8 @@ def test_families_of_the_library_itself_come_back_as_they_were(metrics: ChildMet
     Gauge("queue", "Queue.", registry=application).set(-2)
     Histogram("lag_seconds", "Lag.", registry=application, buckets=(1, 5)).observe(2)
     Summary("size_bytes", "Size.", registry=application).observe(10)
-    sent = [
-        {
-            "name": family.name,
-            "documentation": family.documentation,
-            "type": family.type,
-            "samples": [[s.name, dict(s.labels), float(s.value)] for s in family.samples],
-        }
-        for family in application.collect()
-    ]
     metrics.go_live(1)
-    metrics.update(1, json.loads(json.dumps(sent)))
+    metrics.update(1, json.loads(json.dumps(child_families_of(application))))
     assert without_own(metrics) == {
         "jobs_total{kind=new}": 3,
         "queue": -2,
@@ -487,10 +757,10 @@ def test_own_and_child_series_stand_in_one_exposition() -> None:
     created = registry()
     SupervisorMetrics(created)
     child = ChildMetrics()
-    created.register(child)
     child.go_live(1)
     child.update(1, [gauge("process_open_fds", 1), counter("drops", 1)])
-    heads = [line.split()[2] for line in generate_latest(created).decode().splitlines() if "# TYPE" in line]
+    text = (generate_latest(created) + child.exposition()).decode()
+    heads = [line.split()[2] for line in text.splitlines() if "# TYPE" in line]
     assert len(heads) == len(set(heads))
     assert {"drops_total", "wa_supervisor_child_families_rejected"} <= set(heads)
     assert all(isinstance(family, Metric) for family in created.collect())
@@ -528,3 +798,104 @@ def test_processor_time_of_a_child_is_not_counted_again_by_another_image() -> No
     later = SupervisorMetrics(CollectorRegistry(), metrics.totals)
     ProcessSampler(later, (os.getpid(), sampler.counted[1] + 1000.0)).sample(os.getpid())
     assert later.totals["wa_supervisor_child_cpu_seconds_total", ()] == sampler.counted[1]
+
+
+# --- a real child -----------------------------------------------------------------------------------------
+
+COUNTS = """\
+import os, signal, sys, time
+from prometheus_client import REGISTRY, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily
+import version
+
+jobs = Counter("jobs", "Jobs.")
+lag = Histogram("lag_seconds", "Lag.", buckets=version.BUCKETS)
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+
+class Exploding:
+    def collect(self):
+        family = CounterMetricFamily("exploding", "One series a request.", labels=["request"])
+        for number in range(version.SERIES):
+            family.add_metric([str(number)], 1)
+        yield family
+
+REGISTRY.register(Exploding())
+print("serving", version.NUMBER, flush=True)
+while True:
+    jobs.inc()
+    lag.observe(0.3)
+    time.sleep(0.005)
+"""
+
+
+class Watching:
+    """Scrapes again and again; a total that falls, or a histogram that is none, is a fault."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self.before: dict[str, float] = {}
+
+    def scrape(self) -> dict[str, float]:
+        with urlopen(f"http://{self._address}/metrics", timeout=10) as answer:
+            now = read(answer.read().decode())
+        for name, value in self.before.items():
+            if name.partition("{")[0].endswith(("_total", "_count", "_bucket")):
+                assert now[name] >= value, f"{name} fell from {value} to {now[name]}"
+        assert now.get("lag_seconds_bucket{le=+Inf}") == now.get("lag_seconds_count")
+        self.before = now
+        return now
+
+
+def write_version(tree: Path, number: int, series: int = 0) -> None:
+    bounds = (0.1, 0.5) if number % 2 else (0.2, 0.4, 1.0)
+    new = tree / "version.new"
+    new.write_text(f"NUMBER, SERIES, BUCKETS = {number}, {series}, {bounds}\n", encoding="utf-8")
+    new.replace(tree / "version.py")
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("handover", ["overlap", "replace"])
+def test_no_total_falls_over_reloads_kills_and_a_rollback(
+    supervise: Callable[..., Supervised], tmp_path: Path, handover: str
+) -> None:
+    reloads, kills = (50, 10) if SOAK else (3, 1)
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    (tree / "main.py").write_text(COUNTS, encoding="utf-8")
+    write_version(tree, 0)
+    started = supervise(f"--handover={handover}", "--probation=0.1", "main.py", cwd=tree)
+    started.expect("^serving 0$")
+    watching = Watching(started.status()["listen"])
+    until(lambda: watching.scrape().get("jobs_total", 0) > 0)
+    for number in range(1, reloads + 1):
+        write_version(tree, number)
+        started.expect(f"^serving {number}$")
+        before = watching.scrape()["jobs_total"]
+        until(lambda before=before: watching.scrape()["jobs_total"] > before)  # type: ignore[misc]
+        if number <= kills:  # The next save starts a process at once, however long the backoff is by now.
+            started.live().kill()
+            until(lambda: started.status()["live"] is None)
+    until(lambda: len(started.status()["known_good"]) > 1)
+    assert started.command("rollback").returncode == 0
+    before = watching.scrape()["jobs_total"]
+    until(lambda: watching.scrape()["jobs_total"] > before)
+    assert sum(started.status()["restarts"].values()) == kills
+
+
+def test_child_whose_series_explode_is_still_seen_and_still_reloaded(
+    supervise: Callable[..., Supervised], tmp_path: Path
+) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    (tree / "main.py").write_text(COUNTS, encoding="utf-8")
+    write_version(tree, 0, 100_000)
+    started = supervise("main.py", cwd=tree)
+    started.expect("^serving 0$")
+    watching = Watching(started.status()["listen"])
+    until(lambda: watching.scrape().get("wa_supervisor_child_scrape_error") == 1)
+    assert watching.scrape()["jobs_total"] > 0
+    assert "exploding_total{request=1}" not in watching.before
+    write_version(tree, 1)
+    started.expect("^serving 1$")
+    until(lambda: "wa_supervisor_child_scrape_error" not in watching.scrape())
+    assert started.status()["in_sync"]

@@ -10,6 +10,7 @@ import pytest
 from supervisor.errors import UsageError
 from supervisor.settings import (
     Options,
+    Selection,
     Target,
     changeable,
     load_file,
@@ -191,6 +192,9 @@ def test_every_option_is_a_key_of_the_file_spelt_as_the_flag(script: Target, tmp
         runtime-dir = "run"
         state-dir = "state"
         listen = "localhost:1"
+        allow-host = ["Monitor.example."]
+        show-metric = ["jobs_total{queue,state}"]
+        alarm = ['jobs_failed{queue="a,b", state="x"}']
         """,
     )
     file = load_file(path)
@@ -201,6 +205,18 @@ def test_every_option_is_a_key_of_the_file_spelt_as_the_flag(script: Target, tmp
     assert (settings.ready_timeout_seconds, settings.stop_timeout_seconds) == (1, 2.5)
     assert (settings.watchdog_seconds, settings.quiet_seconds) == (0, 0), "0 is a value and not the default"
     assert (settings.runtime_dir, settings.state_dir) == (tmp_path / "run", tmp_path / "state")
+    assert settings.allowed_hosts == ("monitor.example",)
+    assert settings.shown_metrics == (Selection("jobs_total", ("queue", "state")),)
+    assert settings.alarms == (Selection("jobs_failed", (), {"queue": "a,b", "state": "x"}),)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a b", "jobs{", "jobs{}", "jobs{a-b}", 'jobs{a="1}', "jobs}{", "jobs{a}b"]
+)
+@pytest.mark.parametrize("key", ["show-metric", "alarm"])
+def test_selection_of_series_that_is_none_is_one_sentence(script: Target, key: str, text: str) -> None:
+    with pytest.raises(UsageError, match=f"^--{key} .* is no NAME"):
+        resolve(script, merge({key: (text,)}, {}))
 
 
 def test_flags_beat_the_file_and_the_file_beats_the_defaults(script: Target) -> None:

@@ -13,11 +13,14 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
 from supervisor import web
 from supervisor.errors import AddressError
+from supervisor.page import POLICY
 from supervisor.web import WebServer
+from tests.supervisor.harness import until
 
 DEADLINE_SECONDS = 10.0
 GOOD: dict[str, Any] = {"loop_alive": True, "live": {"generation": 1}, "reason": None}
@@ -36,9 +39,19 @@ def collectors() -> CollectorRegistry:
     return created
 
 
+def serve(
+    collectors: CollectorRegistry,
+    status: Callable[[], dict[str, Any]],
+    address: tuple[str, int] = ("127.0.0.1", 0),
+    sections: Callable[[], tuple[str, dict[str, str]]] = lambda: ("title", {"headline": "<p>said</p>"}),
+    **more: Any,
+) -> WebServer:
+    return WebServer(address, lambda: generate_latest(collectors), status, sections, **more)
+
+
 @pytest.fixture
 def server(collectors: CollectorRegistry, status: dict[str, Any]) -> Iterator[WebServer]:
-    made = WebServer(("127.0.0.1", 0), collectors, lambda: status)
+    made = serve(collectors, lambda: status)
     made.start()
     yield made
     made.close()
@@ -93,7 +106,7 @@ def test_status_is_the_published_document(server: WebServer) -> None:
         ("/readyz", {"live": None, "reason": "a.py, line 1"}, (503, "a.py, line 1\n")),
         ("/readyz", {"live": None}, (503, "no live generation\n")),
         ("/readyz", {"live": None, "reason": "caf\udce9.py"}, (503, "caf?.py\n")),
-        ("/secret", {}, (404, "see /metrics /livez /readyz /status.json\n")),
+        ("/secret", {}, (404, "see / /metrics /livez /readyz /status.json\n")),
     ],
 )
 def test_probes_say_how_it_is_and_why(
@@ -126,7 +139,7 @@ def test_one_connection_may_ask_more_than_once(server: WebServer) -> None:
 
 def test_ipv6_address_stands_in_brackets(collectors: CollectorRegistry) -> None:
     try:
-        server = WebServer(("::1", 0), collectors, lambda: GOOD)
+        server = serve(collectors, lambda: GOOD, ("::1", 0))
         server.start()
     except AddressError as error:
         pytest.skip(f"no IPv6 here: {error}")
@@ -163,7 +176,7 @@ def test_client_whose_answer_is_under_way_is_not_the_first_to_go(
             assert go_on.wait(DEADLINE_SECONDS)
         return GOOD
 
-    server = WebServer(("127.0.0.1", 0), collectors, slow_status)
+    server = serve(collectors, slow_status)
     server.start()
     with connect(server) as answered:
         answered.sendall(b"GET /livez HTTP/1.0\r\n\r\n")
@@ -183,7 +196,7 @@ def test_clients_that_do_not_read_their_answers_make_room_at_last(
 ) -> None:
     monkeypatch.setattr(web, "_MAX_CONNECTIONS", 3)
     huge = {**GOOD, "filling": "x" * 20_000_000}
-    server = WebServer(("127.0.0.1", 0), collectors, lambda: huge)
+    server = serve(collectors, lambda: huge)
     server.start()
     crowd = [connect(server) for _ in range(3)]
     for connection in crowd:
@@ -199,7 +212,7 @@ def test_client_that_says_nothing_loses_its_connection(
     collectors: CollectorRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(web._Handler, "timeout", 0.01)
-    server = WebServer(("127.0.0.1", 0), collectors, lambda: GOOD)
+    server = serve(collectors, lambda: GOOD)
     server.start()
     with connect(server) as connection:
         assert is_ended(connection)
@@ -235,7 +248,7 @@ def test_client_that_goes_away_while_it_is_answered_leaves_no_traceback(
     collectors: CollectorRegistry, capfd: pytest.CaptureFixture[str]
 ) -> None:
     huge = {**GOOD, "filling": "x" * 20_000_000}
-    server = WebServer(("127.0.0.1", 0), collectors, lambda: huge)
+    server = serve(collectors, lambda: huge)
     server.start()
     with connect(server) as connection:
         connection.sendall(b"GET /status.json HTTP/1.1\r\n\r\n")
@@ -265,7 +278,7 @@ def test_scrapes_that_arrive_together_share_one_exposition() -> None:
     gated = Gated()
     created = CollectorRegistry()
     created.register(gated)
-    exposition = web._Exposition(created)
+    exposition = web._Shared(lambda: generate_latest(created))
     bodies: list[bytes] = []
 
     def scrape() -> None:
@@ -294,7 +307,7 @@ def test_address_in_use_is_one_sentence_with_what_to_do(
     server: WebServer, collectors: CollectorRegistry
 ) -> None:
     with pytest.raises(AddressError) as caught:
-        WebServer(place(server), collectors, lambda: GOOD)
+        serve(collectors, lambda: GOOD, place(server))
     assert str(caught.value) == (
         f"cannot listen on {server.address}: Address already in use; free it or choose another --listen"
     )
@@ -304,17 +317,17 @@ def test_address_in_use_is_one_sentence_with_what_to_do(
 @pytest.mark.parametrize("host", ["192.0.2.1", "no.such.host.invalid", "a..b", "é" * 100, "fe80::zz"])
 def test_address_that_is_not_ours_is_one_sentence(collectors: CollectorRegistry, host: str) -> None:
     with pytest.raises(AddressError, match=r"^cannot listen on .*; free it or choose another --listen$"):
-        WebServer((host, 0), collectors, lambda: GOOD)
+        serve(collectors, lambda: GOOD, (host, 0))
 
 
 def test_address_is_free_again_after_the_end(collectors: CollectorRegistry) -> None:
-    first = WebServer(("127.0.0.1", 0), collectors, lambda: GOOD)
+    first = serve(collectors, lambda: GOOD)
     first.start()
     address = place(first)
     with connect(first) as idle:
         first.close()
         assert is_ended(idle)
-        second = WebServer(address, collectors, lambda: GOOD)
+        second = serve(collectors, lambda: GOOD, address)
         second.start()
         assert get(second, "/livez")[0] == 200
         second.close()
@@ -323,7 +336,7 @@ def test_address_is_free_again_after_the_end(collectors: CollectorRegistry) -> N
 def test_nothing_of_a_server_is_left_after_its_end(server: WebServer, collectors: CollectorRegistry) -> None:
     get(server, "/livez")
     before = set(threading.enumerate())
-    other = WebServer(("127.0.0.1", 0), collectors, lambda: GOOD)
+    other = serve(collectors, lambda: GOOD)
     other.start()
     stalled = [connect(other) for _ in range(5)]
     get(other, "/livez")
@@ -349,3 +362,206 @@ def test_when_there_can_be_no_more_threads_the_server_lives_on(
         assert is_ended(refused)
     monkeypatch.setattr(threading.Thread, "start", start)
     assert get(server, "/livez")[0] == 200
+
+
+# --- who may ask ------------------------------------------------------------------------------------------
+
+
+def ask(server: WebServer, path: str = "/status.json", **headers: str) -> tuple[int, str, dict[str, str]]:
+    connection = http.client.HTTPConnection(*place(server), timeout=DEADLINE_SECONDS)
+    connection.putrequest("GET", path, skip_host=True)
+    for name, value in headers.items():
+        for one in value.split("|"):
+            connection.putheader(name.replace("_", "-"), one)
+    connection.endheaders()
+    response = connection.getresponse()
+    body = response.read().decode()
+    connection.close()
+    return response.status, body, dict(response.getheaders())
+
+
+@pytest.mark.parametrize(
+    "host",
+    "127.0.0.1 127.0.0.1:1 [::1]:9464 192.0.2.7:80 localhost LocalHost:9464 a.localhost. monitor.example "
+    f"Monitor.Example.:9464 {socket.gethostname()}".split(),
+)
+@pytest.mark.parametrize("path", ["/", "/metrics", "/status.json"])
+def test_who_names_an_address_this_machine_or_an_allowed_name_is_answered(
+    collectors: CollectorRegistry, host: str, path: str
+) -> None:
+    server = serve(collectors, lambda: GOOD, allowed_hosts=lambda: ("monitor.example",))
+    server.start()
+    assert ask(server, path, Host=host)[0] == 200
+    server.close()
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "evil.example",
+        "127.0.0.1.evil.example:9464",
+        "localhost.evil.example",
+        "evil.example:127",
+        "127.0.0.1@evil.example",
+        "[::1].evil.example",
+        "evil.example:localhost",
+        "monitor.example.evil.example",
+        "[localhost]",
+        "127.0.0.1/",
+        ":",
+        "[]",
+    ],
+)
+@pytest.mark.parametrize("path", ["/", "/metrics", "/status.json", "/events", "/livez"])
+def test_page_that_made_its_own_name_mean_this_address_reads_nothing(
+    server: WebServer, host: str, path: str
+) -> None:
+    code, body, headers = ask(server, path, Host=host)
+    assert (code, headers["Content-Type"]) == (421, "text/plain; charset=utf-8")
+    assert body == "no host of this name is here; use its address, or allow the name with --allow-host\n"
+
+
+def test_request_with_two_hosts_is_none(server: WebServer) -> None:
+    assert ask(server, Host="127.0.0.1|evil.example")[0] == 400
+
+
+@pytest.mark.parametrize(
+    ("headers", "code"),
+    [
+        ({"Origin": "http://127.0.0.1:9464"}, 200),
+        ({"Origin": "HTTPS://127.0.0.1:9464"}, 200),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "http://127.0.0.1:80"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": ""}, 403),
+        ({"Origin": "http://127.0.0.1:9464|http://evil.example"}, 403),
+        ({"Sec_Fetch_Site": "same-origin", "Sec_Fetch_Mode": "cors"}, 200),
+        ({"Sec_Fetch_Site": "cross-site", "Sec_Fetch_Mode": "navigate"}, 200),
+        ({"Sec_Fetch_Site": "cross-site", "Sec_Fetch_Mode": "no-cors"}, 403),
+    ],
+)
+@pytest.mark.parametrize("path", ["/status.json", "/events"])
+def test_page_of_another_origin_reads_nothing(
+    server: WebServer, headers: dict[str, str], code: int, path: str
+) -> None:
+    if (code, path) == (200, "/events"):
+        assert follow(server, **headers).readline().startswith(b"data: ")
+        return
+    assert ask(server, path, Host="127.0.0.1:9464", **headers)[0] == code
+
+
+def test_every_answer_tells_a_browser_to_keep_it_to_itself(server: WebServer) -> None:
+    for path in ("/", "/metrics", "/status.json", "/none", "/events?x"):
+        _, _, headers = (
+            ask(server, path, Host="evil.example") if "?" in path else ask(server, path, Host="::1")
+        )
+        assert headers["X-Content-Type-Options"] == "nosniff"
+        assert headers["Cache-Control"] == "no-store"
+        assert headers["X-Frame-Options"] == "DENY"
+        assert headers["Content-Security-Policy"].startswith("default-src 'none'")
+        assert not [name for name in headers if name.startswith("Access-Control")]
+
+
+# --- the page and its news --------------------------------------------------------------------------------
+
+
+def follow(server: WebServer, **headers: str) -> Any:
+    """Ask for the news; the answer's lines, after its head."""
+    connection = connect(server)
+    head = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
+    connection.sendall(f"GET /events HTTP/1.1\r\nHost: 127.0.0.1:9464\r\n{head}\r\n".encode())
+    file = connection.makefile("rb")
+    connection.close()
+    while file.readline() not in {b"\r\n", b""}:
+        pass
+    return file
+
+
+def news(file: Any) -> dict[str, Any]:
+    line = file.readline()
+    assert line.startswith(b"data: ")
+    assert file.readline() == b"\n"
+    said: dict[str, Any] = json.loads(line.removeprefix(b"data: "))
+    return said
+
+
+def test_page_is_one_document_with_its_policy(server: WebServer) -> None:
+    code, body, headers = ask(server, "/", Host="127.0.0.1")
+    assert (code, headers["Content-Type"]) == (200, "text/html; charset=utf-8")
+    assert "<p>said</p>" in body
+    assert headers["Content-Security-Policy"] == POLICY
+
+
+def test_follower_is_told_all_and_then_what_has_changed(
+    collectors: CollectorRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(web, "_STREAM_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(web, "_STREAM_SILENCE_SECONDS", 0.05)
+    shown = {"headline": "in sync", "watcher": "ev\nents"}
+    server = serve(collectors, lambda: GOOD, sections=lambda: ("title", dict(shown)))
+    server.start()
+    with follow(server) as file:
+        assert news(file) == {"title": "title", "sections": {"headline": "in sync", "watcher": "ev\nents"}}
+        assert file.readline() == b":\n", "so that either side notices that the other is gone"
+        assert file.readline() == b"\n"
+        shown["headline"] = "not in sync"
+        while (line := file.readline()) in {b":\n", b"\n"}:
+            pass
+        assert json.loads(line.removeprefix(b"data: "))["sections"] == {"headline": "not in sync"}
+    server.close()
+
+
+def test_followers_are_few_and_one_that_leaves_makes_room(server: WebServer) -> None:
+    files = [follow(server) for _ in range(web._MAX_STREAMS)]
+    for file in files:
+        news(file)
+    code, body, _ = ask(server, "/events", Host="127.0.0.1")
+    assert (code, body) == (503, "too many pages are followed already; load this one again for its news\n")
+    files.pop().close()
+    until(lambda: len(server._server.connections._streams) < web._MAX_STREAMS)
+    with follow(server) as file:
+        news(file)
+    for file in files:
+        file.close()
+
+
+def test_followers_and_stalled_clients_do_not_stop_a_scrape(server: WebServer) -> None:
+    files = [follow(server) for _ in range(web._MAX_STREAMS)]
+    for file in files:
+        news(file)
+    stalled = [connect(server) for _ in range(200)]
+    for _ in range(3):
+        assert get(server, "/metrics")[0] == 200
+    assert len(server._server.connections._streams) == web._MAX_STREAMS, "the silent ones have made room"
+    for connection in (*stalled, *files):
+        connection.close()
+
+
+def test_follower_that_reads_nothing_loses_its_place(
+    collectors: CollectorRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(web, "_STREAM_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(web._Handler, "timeout", 0.1)
+    number = iter(range(1_000_000))
+    server = serve(
+        collectors, lambda: GOOD, sections=lambda: ("", {"headline": f"{next(number)}" + "x" * 1_000_000})
+    )
+    server.start()
+    file = follow(server)
+    until(lambda: bool(server._server.connections._streams))
+    until(lambda: not server._server.connections._streams)
+    file.close()
+    server.close()
+
+
+def test_end_of_the_server_does_not_wait_for_followers(collectors: CollectorRegistry) -> None:
+    server = serve(collectors, lambda: GOOD)
+    server.start()
+    with follow(server) as file:
+        news(file)
+        server._server.connections.wait_for_answers()
+        assert server._server.connections._all_answered(), (
+            "one that follows is not one that is owed an answer"
+        )
+        server.close()
+        assert file.read() == b""
