@@ -22,8 +22,12 @@ PEERS := .venv-peers
 
 SUPERVISING := service ends healing history ignored kill_matrix orphans output proof_at_work pipeline races soak web
 
+# What writes and checks the dashboard: Grafana's SDK and, where there is npm, its TypeScript types.
+GRAFANA := .venv-grafana
+TYPES := tests/grafana/types
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test cold soak gauntlet bench lint format lock ci
+.PHONY: help demo test cold soak gauntlet grafana generate bench lint format lock ci
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -46,6 +50,13 @@ soak: $(STAMP) ## what takes minutes: whole kill matrix, 200 reloads and 200 che
 
 gauntlet: $(STAMP) ## stale bytecode and proof on every supported interpreter of this machine; ARGS=--others leaves out ours
 	@bash .ci/gauntlet $(ARGS)
+
+grafana: $(STAMP) $(GRAFANA)/complete ## dashboard and alerts against a real Prometheus and Alertmanager, five minutes
+	@WA_GRAFANA=$(GRAFANA) $(VENV)/bin/python -m pytest --numprocesses=$(WORKERS) $(ARGS) tests/grafana
+
+generate: $(STAMP) $(GRAFANA)/complete ## rewrite alerts and dashboard in contrib/grafana from their sources
+	@$(VENV)/bin/python contrib/grafana/alerts.py
+	@$(GRAFANA)/bin/python contrib/grafana/dashboard.py
 
 bench: $(STAMP) $(PEERS)/complete ## against what others use, side by side, ten minutes; ARGS=--quick tries it
 	@BENCH_PEERS=$(PEERS) $(VENV)/bin/python benchmarks/peers.py $(ARGS)
@@ -91,3 +102,14 @@ $(PEERS)/complete: benchmarks/requirements.txt $(STAMP)
 	if $$install -r benchmarks/requirements.txt; then touch $@; else \
 		echo "not all can be installed: what is missing has a row that says so"; \
 		grep '^[^#]' benchmarks/requirements.txt | xargs -n 1 $$install || true; fi
+
+$(GRAFANA)/complete: contrib/grafana/requirements.txt $(TYPES)/package.json $(TYPES)/package-lock.json $(STAMP)
+	@echo "building the environment $(GRAFANA) of the dashboard"
+	@rm -rf $(GRAFANA)
+	@$(VENV)/bin/python -m venv $(GRAFANA)
+	@$(GRAFANA)/bin/python -m pip install -qq --disable-pip-version-check --require-hashes --no-deps \
+		-r contrib/grafana/requirements.txt
+	@mkdir $(GRAFANA)/types && cp $(TYPES)/package.json $(TYPES)/package-lock.json $(GRAFANA)/types
+	@if command -v npm >/dev/null; then \
+		npm ci --prefix $(GRAFANA)/types --ignore-scripts --no-audit --no-fund --silent; fi
+	@touch $@
