@@ -12,6 +12,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -217,9 +218,7 @@ def test_faults_are_seen_by_the_alerts_that_are_named_after_them(
         for _ in range(3):
             live = stage.status()["live"]
             os.kill(live["pid"], signal.SIGKILL)
-            stage.wait(
-                "another one serves", lambda old=live: follows(stage, old), limit_seconds=PATIENCE_SECONDS
-            )
+            stage.wait("another one serves", partial(follows, stage, live), limit_seconds=PATIENCE_SECONDS)
         seen("CrashLoop")
 
         identity = stage.tree / "monitor" / "identity.py"
