@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
 import subprocess
@@ -27,6 +28,7 @@ DASHBOARD = GRAFANA / "dashboards" / "wa-monitor.json"
 REFERENCE = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
 
 
+@functools.cache
 def help_of(*command: str) -> str:
     script = Path(sys.executable).with_name(command[0])
     # Wide enough that no option is cut.

@@ -25,7 +25,7 @@ from monitor.demo.stage import Stage, script
 from monitor.demo.stream import Stream
 from monitor.embedded import EmbeddedPostgres
 from tests.grafana.environment import ALERTING, DASHBOARD, heavy
-from tests.grafana.watching import ALERTMANAGER, PROMETHEUS, Prometheus, watching
+from tests.grafana.watching import ALERTMANAGER, PROMETHEUS, Prometheus, free_port, watching
 from tests.supervisor.harness import until
 
 pytestmark = [
@@ -72,32 +72,16 @@ def firing(prometheus: Prometheus, start: float, end: float) -> set[str]:
     return {series["metric"]["alertname"] for series in found}
 
 
-def listening(tour: subprocess.Popen[str], folder: Path) -> str:
-    """Return where the tour's supervisor listens, once it does."""
-    found: list[str] = []
-
-    def answers() -> bool:
-        assert tour.poll() is None, tour.communicate()
-        command = [script("wa-supervisor"), "status", "--json", "--runtime-dir", str(folder / "run")]
-        asked = subprocess.run(command, check=False, capture_output=True, text=True)
-        if asked.returncode == 0 and (listen := json.loads(asked.stdout)["listen"]):
-            found.append(listen)
-        return bool(found)
-
-    until(answers, PATIENCE_SECONDS)
-    return found[0]
-
-
 def test_every_panel_and_every_alert_finds_data_while_the_tour_runs(
     tmp_path: Path, measured: Callable[[str], None]
 ) -> None:
-    folder = tmp_path / "demo"
     with watching(tmp_path, scrape_seconds=1) as (prometheus, _):
-        command = [script("wa-monitor"), "demo", "--once", "--folder", str(folder)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as tour:
-            prometheus.scrape(listening(tour, folder))
-            said, _ = tour.communicate(timeout=PATIENCE_SECONDS)
-        assert tour.returncode == 0, said
+        address = f"127.0.0.1:{free_port()}"
+        prometheus.scrape(address)
+        until(lambda: bool(prometheus.now("up")), PATIENCE_SECONDS)
+        command = [script("wa-monitor"), "demo", "--once", "--listen", address]
+        tour = subprocess.run(command, check=False, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+        assert tour.returncode == 0, tour.stdout + tour.stderr
 
         (up,) = prometheus.over("up == 1", time.time() - PATIENCE_SECONDS, time.time(), 1)
         start, end = (float(up["values"][place][0]) for place in (0, -1))

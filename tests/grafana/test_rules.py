@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-RULES = Path(__file__).parents[2] / "contrib" / "grafana" / "prometheus" / "wa-monitor.rules.yml"
+from tests.grafana.environment import GRAFANA, heavy
+
+RULES = GRAFANA / "prometheus" / "wa-monitor.rules.yml"
 PROMTOOL = shutil.which("promtool")
 SAMPLE_SECONDS = 15
 SAMPLES = 160
@@ -282,21 +284,26 @@ def test_every_alert_has_a_fault_that_raises_it_and_a_moment_when_it_is_silent()
     assert all("" in row.fires.values() for row in ROWS if "first" not in row.name)
 
 
+@heavy
 @needs_promtool
 def test_each_fault_raises_its_alert_in_time_and_no_other(tmp_path: Path) -> None:
     done = run(tmp_path, RULES, ROWS)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@heavy
 @needs_promtool
-@pytest.mark.parametrize("name", sorted(alerts()))
-def test_an_alert_that_never_fires_is_noticed(tmp_path: Path, name: str) -> None:
-    document = yaml.safe_load(RULES.read_text(encoding="utf-8"))
-    for part in document["groups"]:
-        for rule in part["rules"]:
-            if rule.get("alert") == name:
-                rule["expr"] = f"({rule['expr']}) > 1e9"
-    blunted = tmp_path / "blunted.yml"
-    blunted.write_text(yaml.safe_dump(document), encoding="utf-8")
-    about = tuple(row for row in ROWS if name in row.fires.values())
-    assert run(tmp_path, blunted, about).returncode == 1
+def test_an_alert_that_never_fires_is_noticed(tmp_path: Path) -> None:
+    unnoticed = set()
+    for name in alerts():
+        document = yaml.safe_load(RULES.read_text(encoding="utf-8"))
+        for part in document["groups"]:
+            for rule in part["rules"]:
+                if rule.get("alert") == name:
+                    rule["expr"] = f"({rule['expr']}) > 1e9"
+        blunted = tmp_path / "blunted.yml"
+        blunted.write_text(yaml.safe_dump(document), encoding="utf-8")
+        about = tuple(row for row in ROWS if name in row.fires.values())
+        if run(tmp_path, blunted, about).returncode == 0:
+            unnoticed.add(name)
+    assert unnoticed == set()

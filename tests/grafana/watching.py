@@ -108,7 +108,7 @@ def watching(folder: Path, *, scrape_seconds: int | None = None) -> Iterator[tup
     assert ALERTMANAGER is not None
     targets = folder / "targets.json"
     with _webhook() as (webhook, webhook_port):
-        manager_port, port = _free_port(), _free_port()
+        manager_port, port = free_port(), free_port()
         manager = _read("alertmanager.yml")
         manager["receivers"][0]["webhook_configs"][0]["url"] = f"http://127.0.0.1:{webhook_port}/"
         config = _read("prometheus.yml")
@@ -152,7 +152,7 @@ def _write(path: Path, document: object) -> Path:
     return path
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """Return a port that nobody listens on; neither program tells which one it got if asked for any."""
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
