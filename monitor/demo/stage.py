@@ -112,8 +112,7 @@ class Stage:
     """Builds the scratch folder, starts PostgreSQL and the supervisor, and ends both at the end of the block.
 
     ``url`` is a database to use instead of an embedded one, ``listen`` is the supervisor's address. ``build``
-    puts the code below the folder ``tree``. Entering raises ``DemoError`` or another ``MonitorError`` with its
-    reason.
+    puts the code below the folder ``tree``. Entering raises ``DemoError`` or another ``MonitorError``.
     """
 
     def __init__(
