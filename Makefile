@@ -25,8 +25,12 @@ SUPERVISING := service ends healing history ignored kill_matrix orphans output p
 # What `make page` looks with is none of our dependencies either, and lies in a folder of its own.
 BROWSER := .venv-page
 
+# What writes and checks the dashboard: Grafana's SDK and, where there is npm, its TypeScript types.
+GRAFANA := .venv-grafana
+TYPES := tests/grafana/types
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test systemd page cold soak gauntlet bench lint format lock ci
+.PHONY: help demo test systemd page grafana generate cold soak gauntlet bench lint format lock ci
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -58,6 +62,13 @@ gauntlet: $(STAMP) ## stale bytecode and proof on every supported interpreter of
 
 page: $(STAMP) $(BROWSER)/complete ## the status page in a real Chromium; WA_SCREENSHOTS=1 takes the pictures in docs/ anew
 	@WA_PAGE_PACKAGES=$(CURDIR)/$(BROWSER) $(VENV)/bin/python -m pytest $(ARGS) tests/page
+
+grafana: $(STAMP) $(GRAFANA)/complete ## dashboard and alerts against a real Prometheus and Alertmanager, five minutes
+	@WA_GRAFANA=$(GRAFANA) $(VENV)/bin/python -m pytest --numprocesses=$(WORKERS) $(ARGS) tests/grafana
+
+generate: $(STAMP) $(GRAFANA)/complete ## rewrite alerts and dashboard in contrib/grafana from their sources
+	@$(VENV)/bin/python contrib/grafana/alerts.py
+	@$(GRAFANA)/bin/python contrib/grafana/dashboard.py
 
 bench: $(STAMP) $(PEERS)/complete ## against what others use, side by side, ten minutes; ARGS=--quick tries it
 	@BENCH_PEERS=$(PEERS) $(VENV)/bin/python benchmarks/peers.py $(ARGS)
@@ -108,4 +119,15 @@ $(BROWSER)/complete: tests/page/requirements.txt $(STAMP)
 	@echo "fetching what looks at the status page into $(BROWSER)"
 	@rm -rf $(BROWSER)
 	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --target $(BROWSER) -r $<
+	@touch $@
+
+$(GRAFANA)/complete: contrib/grafana/requirements.txt $(TYPES)/package.json $(TYPES)/package-lock.json $(STAMP)
+	@echo "building the environment $(GRAFANA) of the dashboard"
+	@rm -rf $(GRAFANA)
+	@$(VENV)/bin/python -m venv $(GRAFANA)
+	@$(GRAFANA)/bin/python -m pip install -qq --disable-pip-version-check --require-hashes --no-deps \
+		-r contrib/grafana/requirements.txt
+	@mkdir $(GRAFANA)/types && cp $(TYPES)/package.json $(TYPES)/package-lock.json $(GRAFANA)/types
+	@if command -v npm >/dev/null; then \
+		npm ci --prefix $(GRAFANA)/types --ignore-scripts --no-audit --no-fund --silent; fi
 	@touch $@

@@ -270,12 +270,16 @@ def demo(
     *,
     once: Annotated[bool, typer.Option("--once", help="A scripted tour that ends by itself")] = False,
     folder: Annotated[Path | None, typer.Option(metavar="DIR", help="Work here and keep it")] = None,
+    listen: Annotated[
+        str,
+        typer.Option(metavar="HOST:PORT", help="Where the supervisor serves its metrics; port 0 picks one"),
+    ] = "127.0.0.1:0",
 ) -> None:
     """Show the whole product on invented messages: a save, a reload, the proof, the bug, the repair."""
     from monitor.demo import tour  # noqa: PLC0415 -- only this command needs it
 
     with _faults_said():
-        raise typer.Exit(tour.main(once=once, folder=folder))
+        raise typer.Exit(tour.main(once=once, folder=folder, listen=listen))
 
 
 @contextmanager

@@ -132,8 +132,10 @@ class ProjectsFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._content = _read(path)
+        self._content: bytes | None = _read(path)
         self.projects = parse_projects(self._content, path)
+        self.refused = False
+        """Whether something else is in force than what the file said at the last look."""
 
     def has_changed(self) -> bool:
         """Tell whether other projects are in force than at the last look.
@@ -141,11 +143,16 @@ class ProjectsFile:
         Raises `ConfigError` once for each content that is refused, and as long as there is no file; what was
         in force stays so.
         """
-        content = _read(self._path)
+        try:
+            content = _read(self._path)
+        except ConfigError:
+            self._content, self.refused = None, True
+            raise
         if content == self._content:
             return False
-        self._content = content
+        self._content, self.refused = content, True
         before, self.projects = self.projects, parse_projects(content, self._path)
+        self.refused = False
         return self.projects != before
 
 

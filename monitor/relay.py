@@ -289,12 +289,16 @@ class Relay:
             self._projects_fault = str(error)
             self._metrics.update(projects_refused=True)
             return False
+        if self._projects_fault and not self._projects.refused:  # put back as it was: nothing has changed
+            log.info("The projects file is good again")
+            self._notifier.status("writing; the projects file is good again")
+            self._projects_fault = ""
+            self._metrics.update(projects_refused=False)
         now = _names(self._projects.projects)
         if changed:
             added, removed = sorted(set(now) - set(before)), sorted(set(before) - set(now))
             log.info("Projects file applied: %d enabled, new: %s, gone: %s", len(now), added, removed)
-            self._projects_fault = ""
-            self._metrics.update(projects=now, projects_refused=False)
+            self._metrics.update(projects=now)
         return changed
 
     def _become_ready(self, database: Database) -> None:

@@ -136,11 +136,7 @@ def test_every_alarm_has_its_section_and_every_section_its_alarm() -> None:
     sections = re.findall(r"^### (\w+)$", PAGE.partition("\n## Alarms\n")[2], flags=re.MULTILINE)
     assert len(sections) == len(set(sections))
     assert alerts <= set(sections)
-    assert set(sections) - alerts <= PLANNED
-
-
-# Sections whose alarms are on their way; empty when all rules are there.
-PLANNED = {"RolledBack", "CrashLoop", "WatcherBlind", "NoScrape", "DatabaseDown"}
+    assert set(sections) == alerts
 
 
 def test_each_section_of_an_alarm_begins_with_a_command() -> None:

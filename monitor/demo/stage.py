@@ -111,12 +111,17 @@ def refuse_used_database(url: str) -> None:
 class Stage:
     """Builds the scratch folder, starts PostgreSQL and the supervisor, and ends both at the end of the block.
 
-    ``url`` is a database to use instead of an embedded one. ``build`` puts the code below the folder
-    ``tree``. Entering raises ``DemoError`` or another ``MonitorError`` with the reason.
+    ``url`` is a database to use instead of an embedded one, ``listen`` is the supervisor's address. ``build``
+    puts the code below the folder ``tree``. Entering raises ``DemoError`` or another ``MonitorError``.
     """
 
     def __init__(
-        self, folder: Path, *, url: str | None = None, build: Callable[[Path], None] = copy_monitor
+        self,
+        folder: Path,
+        *,
+        url: str | None = None,
+        listen: str = "127.0.0.1:0",
+        build: Callable[[Path], None] = copy_monitor,
     ) -> None:
         self.folder = Path(os.path.abspath(folder))  # noqa: PTH100 -- resolve() would follow links
         self.tree = self.folder / "tree"
@@ -124,6 +129,7 @@ class Stage:
         self.run_dir = self.folder / "run"
         self.log = self.folder / "supervisor.log"
         self.url = url or ""
+        self._listen = listen
         self._build_tree = build
         self._resources = ExitStack()
         self._supervisor: subprocess.Popen[bytes] | None = None
@@ -167,7 +173,7 @@ class Stage:
         run``.
         """
         command = [
-            *(script("wa-supervisor"), "run", *options, "--listen", "127.0.0.1:0"),
+            *(script("wa-supervisor"), "run", *options, "--listen", self._listen),
             *("--runtime-dir", str(self.run_dir), "--state-dir", str(self.folder / "state"), *target),
         ]
         with self.log.open("ab") as log:

@@ -62,8 +62,10 @@ print(type(answer).__name__, identity.__file__)
 """
 
 
-def main(*, once: bool, folder: Path | None) -> int:
+def main(*, once: bool, folder: Path | None, listen: str) -> int:
     """Run the demo in ``folder``, or in a temporary one that is removed afterwards.
+
+    ``listen`` is where the supervisor serves HTTP.
 
     ``once`` runs the scripted tour and ends; otherwise the demo stays until Ctrl-C. Returns the exit code: 0
     when everything was observed (or the stay was ended by Ctrl-C), 1 otherwise.
@@ -74,7 +76,7 @@ def main(*, once: bool, folder: Path | None) -> int:
             url = os.environ.get("DATABASE_URL") or os.environ.get("NEON_DATABASE_URL")
             if url:
                 refuse_used_database(url)
-            with Stage(scratch, url=url) as stage:
+            with Stage(scratch, url=url, listen=listen) as stage:
                 stream = Stream(
                     stage.bridge,
                     seed=_SEED,

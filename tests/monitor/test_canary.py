@@ -107,6 +107,8 @@ def test_incident_33_projects_change_while_the_monitor_runs_and_a_bad_file_chang
     assert "line 3" in monitor.await_message("the projects that were in force stay")
     bridge.post(chat_jid=NORTHFIELD, sender=PHONE, content="DR1000001")
     eventually(lambda: rows("SELECT count(*) FROM qa_photo_reviews") == [(1,)])
+    _replace(projects_file, good)
+    monitor.await_message("the projects file is good again")
     _replace(projects_file, good.replace("enabled: false", "enabled: true"))
 
     def stored() -> bool:

@@ -120,12 +120,20 @@ def test_file_is_taken_again_when_its_bytes_change_and_refused_once(tmp_path: Pa
         file.has_changed()
     assert not file.has_changed()
     assert file.projects == before
+    assert file.refused
+    _write(tmp_path, ONE)
+    assert not file.has_changed()
+    assert not file.refused
     _write(tmp_path, ONE.replace("Northfield", "Southfield"))
     assert file.has_changed()
     assert [project.name for project in file.projects.all] == ["Southfield"]
     path.unlink()
     with pytest.raises(ConfigError, match="No such file"):
         file.has_changed()
+    assert file.refused
+    _write(tmp_path, ONE.replace("Northfield", "Southfield"))
+    assert not file.has_changed()
+    assert not file.refused
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
