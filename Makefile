@@ -41,9 +41,6 @@ demo: $(STAMP) ## the whole product on invented messages; ARGS=--once runs a scr
 test: $(STAMP) ## all tests; ARGS goes to pytest, e.g. ARGS="-k embedded"
 	@$(VENV)/bin/python $(RUN) -m pytest --numprocesses=$(WORKERS) $(ARGS)
 
-systemd: $(STAMP) ## the units under a real systemd, booted in namespaces: needs root, systemd and git, four minutes
-	@WA_SYSTEMD=1 $(VENV)/bin/python -m pytest --timeout=300 $(ARGS) tests/systemd
-
 cold: $(STAMP) ## the tests that supervise processes once more, without the zygote: both ways behave the same
 	@WA_TEST_NO_ZYGOTE=1 $(VENV)/bin/python -m pytest --numprocesses=$(WORKERS) $(ARGS) \
 		$(foreach name,$(SUPERVISING),tests/supervisor/test_$(name).py) tests/test_incident_scenario.py

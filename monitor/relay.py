@@ -173,6 +173,8 @@ class Relay:
             if seen is None:
                 self._begin(database, bridge)
                 continue
+            # Also of one who only waits: who is ready shows what every monitor of this cursor shows.
+            self._metrics.update(totals=seen.totals, began=seen.created_at)
             self._become_ready(database)
             status = f"standing by, {seen.owner} writes"
             if seen.may_be_claimed() or seen.owner.is_same_process(self._owner):
@@ -234,7 +236,6 @@ class Relay:
             "Drop monitor started (epoch %d, source %s, database %s)", held.epoch, held.source, database.place
         )
         self._notifier.status(f"writing, epoch {held.epoch}, database {database.place}")
-        self._metrics.update(totals=seen.totals, began=seen.created_at)
         beginning = Beginning.of(database, held.source, seen)
         store = Store(
             database,

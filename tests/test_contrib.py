@@ -65,7 +65,7 @@ def test_systemd_accepts_the_unit(tmp_path: Path, not_checked: Callable[[str], N
 
 def metrics_of_the_monitor() -> set[str]:
     metrics = MonitorMetrics()
-    metrics.update(projects=("Northfield",), last_message_at=datetime.now(UTC))
+    metrics.update(projects=("Northfield",), began=datetime.now(UTC), last_message_at=datetime.now(UTC))
     return {sample.name for family in metrics.collect() for sample in family.samples}
 
 
