@@ -400,9 +400,9 @@ class Output:
         ready = _wait(wait_seconds, reading=(self._wake_reader, *sources), writing=sinks)
         if self._wake_reader in ready:
             _read(self._wake_reader)
-        heard = ready & sources.keys()
-        for number in heard:
-            self._hear(sources[number])
+        heard = [source for number, source in sources.items() if number in ready]
+        for source in heard:  # In the order of the generations: what ended before another began stands first.
+            self._hear(source)
         self._write_file()
         for number in ready & sinks.keys():
             self._write(sinks[number])

@@ -457,3 +457,21 @@ output.close()
     )
     assert (tmp_path / "names").read_text(encoding="utf-8") == "/dev/null /dev/null /dev/null"
     assert read_last(tmp_path / "child.log", 1)[0].endswith("| served")
+
+
+def test_what_an_old_generation_wrote_before_a_new_one_began_stands_before_its_lines(
+    output: Output, stdout: Reader
+) -> None:
+    held = [os.dup(0) for _ in range(40)]
+    noisy = run(output, 0, "print('x' * 600_000)")
+    until(lambda: not output._stdout_sink.has_room)  # None of them is read now.
+    with contextlib.ExitStack() as attached:
+        for number in range(1, 10):
+            pipes = attached.enter_context(output.attach(number))
+            os.write(pipes.stdout, b"generation %d\n" % number)
+            for _ in range(4):  # The next one's descriptors shall be lower than this one's.
+                os.close(held.pop())
+        stdout.until(b"generation 9\n")
+    noisy.wait(DEADLINE_SECONDS)
+    lines = [int(number) for number in re.findall(rb"generation (\d)", stdout.seen)]
+    assert lines == list(range(1, 10))
