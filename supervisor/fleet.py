@@ -10,6 +10,7 @@ left behind is gone as well: the next one may want its port.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 import selectors
@@ -168,6 +169,8 @@ class Fleet:
         self._directory = Path.cwd()
         self._running: dict[int, Running] = {}
         self._endings: dict[int, Ending] = {}
+        self._early: list[Datagram] = []
+        """What a process has said that has begun and is no generation yet."""
         self._kills = ends.OutOfMemoryKills()
         self._kills_before = self._kills.read()
         for left in estate.running:
@@ -243,7 +246,35 @@ class Fleet:
 
     def launch(self, number: int, manifest: Manifest, manifest_file: Path) -> None:
         """Start a process; raises OSError if there can be none."""
-        request = LaunchRequest(
+        request = self._request(number, manifest, manifest_file)
+        early, self._early = self._early, []
+        child = launch.begun(request, self._zygote)
+        if child is None:
+            with self._output.attach(number) as pipes:
+                child = launch.launch(request, pipes.stdout, pipes.stderr, self._zygote)
+        self._lineages.add(number, child.pid)
+        self._take_in(Running(number, manifest, child, time.time(), time.monotonic()))
+        for message in early:
+            self.datagram(message)
+
+    def begin(self, number: int, manifest: Manifest, manifest_file: Path) -> None:
+        """Let a process import code that is still being judged; :meth:`launch` takes it over if it is good.
+
+        Args:
+            number: that the generation will have.
+            manifest: what it will run.
+            manifest_file: the same on disk.
+        """
+        if not self._zygote.waits:
+            return
+        self._early.clear()
+        request = self._request(number, manifest, manifest_file)
+        with contextlib.suppress(OSError), self._output.attach(number) as pipes:
+            if not launch.begin(request, pipes.stdout, pipes.stderr, self._zygote):
+                self._output.forget(number)
+
+    def _request(self, number: int, manifest: Manifest, manifest_file: Path) -> LaunchRequest:
+        return LaunchRequest(
             generation=number,
             tree=manifest.digest,
             manifest=manifest_file,
@@ -253,10 +284,6 @@ class Fleet:
             directory=self._directory,
             sources=manifest.sources,
         )
-        with self._output.attach(number) as pipes:
-            child = launch.launch(request, pipes.stdout, pipes.stderr, self._zygote)
-        self._lineages.add(number, child.pid)
-        self._take_in(Running(number, manifest, child, time.time(), time.monotonic()))
 
     def prepare(self) -> None:
         """Use the time in which it is found out whether a process is to be started."""
@@ -409,6 +436,8 @@ class Fleet:
         for running in list(self._running.values()):
             if message.pid in {running.child.pid, None}:
                 self._notified(running, message.fields)
+        if message.pid is not None and self._zygote.begun_by(message.pid):
+            self._early.append(message)
 
     def _notified(self, running: Running, fields: Mapping[str, str]) -> None:
         if "STATUS" in fields:

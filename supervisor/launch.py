@@ -26,7 +26,7 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from supervisor import ends
 from supervisor.child import frames
@@ -228,13 +228,7 @@ def launch(
         OSError: no process could be started.
     """
     if zygote is not None and request.sources:
-        forked = zygote.fork(
-            environment=request.environment,
-            directory=str(request.directory or Path.cwd()),
-            sources=request.sources,
-            outputs=(_STDOUT if stdout is None else stdout, _STDERR if stderr is None else stderr),
-            first=start_message(request),
-        )
+        forked = zygote.fork(**_fork_request(request), outputs=_outputs(stdout, stderr))
         if forked is not None:
             return _child(*forked)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -244,6 +238,40 @@ def launch(
     child = _child(pid, ours)
     child.send(start_message(request))
     return child
+
+
+def begin(request: LaunchRequest, stdout: int, stderr: int, zygote: Zygote) -> bool:
+    """Let a process begin for a generation that may not come to be; return whether there is one.
+
+    It imports its code and waits at its gate. :func:`begun` takes it over; else the zygote leaves it alone.
+    """
+    return zygote.begin(**_fork_request(request), outputs=_outputs(stdout, stderr))
+
+
+def begun(request: LaunchRequest, zygote: Zygote) -> Child | None:
+    """Return the process that has begun with just this request, if there is one."""
+    forked = zygote.begun(**_fork_request(request))
+    return _child(*forked) if forked is not None else None
+
+
+class _ForkRequest(TypedDict):
+    environment: Mapping[str, str]
+    directory: str
+    sources: Mapping[str, str]
+    first: dict[str, Any]
+
+
+def _fork_request(request: LaunchRequest) -> _ForkRequest:
+    return {
+        "environment": request.environment,
+        "directory": str(request.directory or Path.cwd()),
+        "sources": request.sources,
+        "first": start_message(request),
+    }
+
+
+def _outputs(stdout: int | None, stderr: int | None) -> tuple[int, int]:
+    return _STDOUT if stdout is None else stdout, _STDERR if stderr is None else stderr
 
 
 def _child(pid: int, channel: socket.socket) -> Child:

@@ -22,12 +22,12 @@ The main loop calls in; nothing here blocks longer than reading what changed.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import time
 from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from supervisor import manifest
 from supervisor.blobs import BlobStore
@@ -159,11 +159,20 @@ class Pipeline:
         if not self.busy:
             self._compiler.prepare()
 
-    def overlap(self) -> None:
-        """Do what a start will need, while the helper still compiles."""
-        if self._build is not None and self.job is not None:
-            with contextlib.suppress(OSError):  # The start meets it again, and tells.
-                self._blobs.put_manifest(self._build.manifest)
+    def overlap(self) -> tuple[Manifest, Path] | None:
+        """Do what a start will need, while the helper still compiles.
+
+        Returns:
+            What may be started before it is judged, and its file; None if there is nothing.
+        """
+        build = self._build
+        if build is None or self.job is None:
+            return None
+        try:
+            file = self._blobs.put_manifest(build.manifest)
+        except OSError:
+            return None  # The start meets it again, and tells.
+        return (build.manifest, file) if build.reload.tree != build.reload.previous_tree else None
 
     # --- watch --------------------------------------------------------------------------------------------
 

@@ -346,10 +346,16 @@ class Service:
         if now >= self._housekeeping_due_at:
             self._housekeep(now)
         self._zygote.turn(now, idle=self._is_idle, enabled=self._settings.zygote)
-        self._pipeline.overlap()
+        self._begin_ahead()
         if self._changed:
             self._publish(now)
         self._succession.advance(now)
+
+    def _begin_ahead(self) -> None:
+        """Let the next generation import its code while that is judged, if nothing else is under way."""
+        unjudged, state = self._pipeline.overlap(), self._state
+        if unjudged is not None and state.live is not None and not (state.candidate or state.stopping):
+            self._fleet.begin(state.next_number, *unjudged)
 
     @property
     def _is_idle(self) -> bool:

@@ -7,9 +7,14 @@ This is the supervisor's end; :mod:`supervisor.child.zygote` runs inside. The ru
   mean another module, another environment or other limits, an answer that does not come in time: None.
 - Facts are taken again *after* the fork was asked for, while it is made, and the child begins when they have
   been found unchanged: it has loaded what a process of its own would have loaded at that moment.
-- A fork takes as long as compiling a file, so it is asked for at the first sign of a change
-  (:meth:`Zygote.prepare`). What is forked then has no code, no number and no output of its own, and waits for
-  them; if nobody needs it, it is ended. It is never kept for later: it would cost the memory of a child.
+- A fork takes longer than compiling a file, so it is made ahead: at the first sign of a change
+  (:meth:`Zygote.prepare`), and for :data:`SPARE_SECONDS` after each fork that was needed, because a change is
+  often followed by another. What is forked ahead has no code, no number and no output of its own, and waits
+  for them; if nobody needs it, it is ended. Its process is older than its generation then. While nothing
+  happens there is none: it would cost the memory of a child.
+- **What was forked ahead begins before its code is judged** (:meth:`Zygote.begin`), beside the helper that
+  compiles. It compiles what has changed before it imports anything: of code that does not compile nothing
+  runs.
 - It is never in the way: it is built when nothing is being started, at half speed, and has to fork within
   :data:`FORK_SECONDS`. One that does not is killed, one that died is built again, later each time.
 - The supervisor is parent and only reaper of what is forked, and of the zygote. It is our child, but no
@@ -51,8 +56,8 @@ _BOOTSTRAP = Path(__file__).parent / "child" / "bootstrap.py"
 FRESH_SECONDS = 0.02
 """A look at the disk that is older is taken again before a child begins. It takes 1 to 2 milliseconds."""
 
-_AHEAD_SECONDS = 1.0
-"""What was forked longer ago is not used: a process is about as old as its generation, for all who ask."""
+SPARE_SECONDS = 120.0
+"""For how long after a fork another child is kept ready."""
 
 FORK_SECONDS = 1.0
 """Longest time that a start waits for the zygote. It takes 2 to 4 milliseconds."""
@@ -68,6 +73,8 @@ _MOST_BYTES = 65536
 """Of a message that it is sent while it may be busy."""
 _MOST_CHANGES = 200
 """Since it was built, that a child is told one by one; of more it reads the whole manifest."""
+_MOST_UNJUDGED_BYTES = 262_144
+"""Of sources that a child compiles before they were judged: less than a second's work."""
 _LAST_WORDS_BYTES = 4096
 _STANDS_STILL = "TtZX"
 _GRAIN_NS = 20_000_000
@@ -218,18 +225,20 @@ class _Ahead:
     Attributes:
         number: of the request.
         directory: its working directory.
+        place: what that was then (device, inode).
         channel: our end.
-        asked_at: monotonic time of the request.
         pid: its process id, as soon as the zygote has said it.
         checked_at: monotonic time at which nothing had changed below the zygote since it was asked for.
+        begun: the first message that it was sent, although it is not known yet whether it is needed.
     """
 
     number: int
     directory: str
+    place: tuple[int, int] | None
     channel: socket.socket
-    asked_at: float
     pid: int | None = None
     checked_at: float | None = None
+    begun: bytes | None = None
 
 
 class Zygote:
@@ -250,6 +259,8 @@ class Zygote:
         self._failures = 0
         self._build_at = self._look_at = 0.0
         self._numbers = self._forks = 0
+        self._spare_until = 0.0
+        self._spare_directory: str | None = None
         self._possible = sys.platform == "linux" and hasattr(os, "pidfd_open")
         if not self._possible:
             self._reason = "this platform cannot give away children"
@@ -277,6 +288,7 @@ class Zygote:
             "pid": process.pid if process is not None and usable else None,
             "modules": ready.modules if ready is not None else 0,
             "forks": self._forks,
+            "spare": self._ahead.pid if self._ahead is not None else None,
             "left_out": dict(self._refused),
         }
 
@@ -305,7 +317,7 @@ class Zygote:
             self._drop("--no-zygote")
             return
         if idle:
-            self._leave_alone()
+            self._keep_spare(now)
         process = self._process
         if process is not None and process.doomed is None:
             self._follow(process, now, idle=idle)
@@ -314,6 +326,14 @@ class Zygote:
             # The manifest goes when its generation does; the next live one brings its own.
             if plan is not None and self._unusable is None and Path(plan.manifest).exists():
                 self._build(plan, now)
+
+    def _keep_spare(self, now: float) -> None:
+        """Have a child forked ahead, or end the one that is, although nothing is under way."""
+        ahead = self._ahead
+        if now >= self._spare_until or (ahead is not None and ahead.begun is not None):
+            self._leave_alone()
+        elif ahead is None and self._spare_directory is not None:
+            self.prepare(self._spare_directory)
 
     def _follow(self, process: _Process, now: float, *, idle: bool) -> None:
         """Notice what has become of it, and of what lies below it."""
@@ -377,7 +397,11 @@ class Zygote:
             directory: its working directory.
         """
         process = self._usable
-        if process is not None and self._ahead is None and not _stands_still(process):
+        if process is None:
+            return
+        if self._ahead is not None:
+            self._ahead.checked_at = None  # What was found out about an earlier moment does not count.
+        elif not _stands_still(process):
             self._ask(process, directory)
 
     def fork(
@@ -405,26 +429,86 @@ class Zygote:
         if reason is None and _stands_still(process):
             reason = "it stands still"
         if reason is None:
-            now = time.monotonic()
-            ahead = self._child(process, directory, now)
-            if ahead.checked_at is None or now - ahead.checked_at > FRESH_SECONDS:
-                reason = self._check(process, now)
+            ahead = self._child(process, directory)
+            reason = self._recheck(process, ahead)
             if reason is None:
                 first = _with_changes(first, process.plan.sources, sources)
                 if _begin(ahead.channel, frames.encode(first), outputs) and (pid := self._await(ahead)):
-                    self._ahead = None
-                    self._forks += 1
-                    process.last_child = pid
-                    return pid, ahead.channel
+                    return self._given_away(process, ahead, pid)
                 reason = "it does not answer"
         self._drop(reason)
         log.info("cold start: %s", reason)
         return None
 
-    def _child(self, process: _Process, directory: str, now: float) -> _Ahead:
+    def begin(
+        self,
+        *,
+        environment: Mapping[str, str],
+        directory: str,
+        sources: Mapping[str, str],
+        outputs: tuple[int, int],
+        first: frames.Frame,
+    ) -> bool:
+        """Let the child that was forked ahead begin although its code is still being judged.
+
+        It compiles what has changed itself before it imports anything, and ends without a word if it cannot.
+        Whoever finds the code good gets it from :meth:`begun`; else it is left alone like any that is not
+        needed. The arguments are those of :meth:`fork`; returns whether it has begun.
+        """
+        process, ahead = self._usable, self._ahead
+        if process is None or ahead is None or ahead.begun is not None or not _is_in(ahead, directory):
+            return False
+        message = _unjudged(first, process.plan.sources, sources)
+        if message is None or _misfit(process, environment, sources) is not None:
+            return False
+        if self._recheck(process, ahead) is not None:
+            return False
+        if not _begin(ahead.channel, message, outputs):
+            self._leave_alone()
+            return False
+        ahead.begun = message
+        return True
+
+    def begun(
+        self,
+        *,
+        environment: Mapping[str, str],
+        directory: str,
+        sources: Mapping[str, str],
+        first: frames.Frame,
+    ) -> tuple[int, socket.socket] | None:
+        """Return pid and channel of the child that has begun with just this; None if there is none."""
+        process, ahead = self._usable, self._ahead
+        if process is None or ahead is None or ahead.begun is None:
+            return None
+        same = _is_in(ahead, directory) and ahead.begun == _unjudged(first, process.plan.sources, sources)
+        usable = same and not _stands_still(process) and _misfit(process, environment, sources) is None
+        pid = self._await(ahead) if usable else None
+        if pid is None:
+            self._leave_alone()
+            return None
+        return self._given_away(process, ahead, pid)
+
+    @property
+    def waits(self) -> bool:
+        """Whether a child was forked ahead that has not begun."""
+        return self._ahead is not None and self._ahead.begun is None
+
+    def begun_by(self, pid: int) -> bool:
+        """Whether a process is the one that has begun and nobody has asked for yet."""
+        return self._ahead is not None and self._ahead.begun is not None and self._ahead.pid == pid
+
+    def _given_away(self, process: _Process, ahead: _Ahead, pid: int) -> tuple[int, socket.socket]:
+        self._ahead = None
+        self._forks += 1
+        process.last_child = pid
+        self._spare_directory, self._spare_until = ahead.directory, time.monotonic() + SPARE_SECONDS
+        return pid, ahead.channel
+
+    def _child(self, process: _Process, directory: str) -> _Ahead:
         """Return the child that was asked for beforehand if it will do, a new one otherwise."""
         ahead = self._ahead
-        if ahead is not None and ahead.directory == directory and now - ahead.asked_at <= _AHEAD_SECONDS:
+        if ahead is not None and ahead.begun is None and _is_in(ahead, directory):
             return ahead
         self._leave_alone()
         return self._ask(process, directory)
@@ -438,11 +522,18 @@ class Zygote:
         self._numbers += 1
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         ours.setblocking(False)
-        self._ahead = _Ahead(self._numbers, directory, ours, time.monotonic())
+        self._ahead = _Ahead(self._numbers, directory, _place(directory), ours)
         request: frames.Frame = {"type": "fork", "number": self._numbers, "directory": directory}
         with theirs, contextlib.suppress(OSError):  # Then there is no answer.
             socket.send_fds(process.connection, [frames.encode(request)], [theirs.fileno()])
         return self._ahead
+
+    def _recheck(self, process: _Process, ahead: _Ahead) -> str | None:
+        """Return what has changed below the zygote, if that was not looked at a moment ago."""
+        now = time.monotonic()
+        if ahead.checked_at is not None and now - ahead.checked_at <= FRESH_SECONDS:
+            return None
+        return self._check(process, now)
 
     def _check(self, process: _Process, now: float) -> str | None:
         """Look whether something has changed below the zygote; one that is stale is dropped."""
@@ -612,6 +703,19 @@ class Zygote:
             self._selector.unregister(process.connection)
 
 
+def _is_in(ahead: _Ahead, directory: str) -> bool:
+    """Whether a child works in a directory: that may have been moved away, and another one made."""
+    return ahead.directory == directory and ahead.place == _place(directory)
+
+
+def _place(directory: str) -> tuple[int, int] | None:
+    try:
+        found = Path(directory).stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 def _begin(channel: socket.socket, message: bytes, outputs: tuple[int, int]) -> bool:
     """Send a child what it waits for; whether all of it is on its way."""
     try:
@@ -625,6 +729,22 @@ def _with_changes(first: frames.Frame, before: Mapping[str, str], now: Mapping[s
     altered, gone = difference(before, now)
     short = len(altered) + len(gone) <= _MOST_CHANGES
     return {**first, "changes": [altered, gone]} if short else first
+
+
+def _unjudged(first: frames.Frame, before: Mapping[str, str], now: Mapping[str, str]) -> bytes | None:
+    """Return the first message of a child whose code is still being judged; None if it has to wait for that.
+
+    What it compiles meanwhile, it compiles without the limits that the helper has: that has to be little.
+    """
+    message = _with_changes(first, before, now)
+    if "changes" not in message:
+        return None
+    blobs = Path(first["blobs"])
+    try:
+        total_bytes = sum((blobs / digest).stat().st_size for digest in message["changes"][0].values())
+    except OSError:
+        return None
+    return frames.encode({**message, "unjudged": True}) if total_bytes <= _MOST_UNJUDGED_BYTES else None
 
 
 def _unfit(built: Plan, wanted: Plan) -> str | None:

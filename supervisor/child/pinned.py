@@ -27,6 +27,7 @@ import json
 import linecache
 import os
 import sys
+import warnings
 from collections import ChainMap
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -226,6 +227,23 @@ class Pins:
         self.compiled.add(source)
         return code
 
+    def compiles(self, paths: Iterable[str]) -> bool:
+        """Whether these sources are valid Python; what was compiled to find out is kept for its execution.
+
+        Args:
+            paths: relative ones.
+        """
+        for relative in paths:
+            digest, path = self.sources[relative], os.path.join(self.base, relative)
+            if (digest, path) not in PREPARED:
+                try:
+                    made = prepared(read_blob(self._blobs, digest), path)
+                except Exception:  # noqa: BLE001 -- whatever it is, the supervisor finds it, too, and tells
+                    return False
+                if made is not None:
+                    PREPARED[digest, path] = made
+        return True
+
     def take(self, relative: str, path: str, module: str) -> bytes:
         """Return the pinned bytes of a source for execution, and put it on record as executed.
 
@@ -244,6 +262,18 @@ class Pins:
     def _executes(self, relative: str, digest: str, module: str) -> None:
         self.executed[relative] = digest
         self.modules[module] = relative
+
+
+def prepared(content: bytes, path: str) -> Prepared | None:
+    """Return a source compiled for execution; None if the compiler warns: who executes it is to say so.
+
+    Raises:
+        SyntaxError, ValueError, RecursionError, OverflowError, MemoryError: it does not compile.
+    """
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        code = compile(content, path, "exec", dont_inherit=True)
+    return None if said else Prepared(code, len(content), lines_of(content))
 
 
 def lines_of(content: bytes) -> list[str]:

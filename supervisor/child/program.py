@@ -235,6 +235,8 @@ def run(descriptor: int, plain_modules: frozenset[str], run_name: str) -> NoRetu
         pins = before.changed(*start["changes"])
     else:
         pins = pinned.Pins.of(start["manifest"], start["blobs"])
+    if start.get("unjudged") and not pins.compiles(start["changes"][0]):
+        os._exit(1)  # Nothing of it has run, and nobody has counted on it.
     pinned.install(pins, plain_modules)
     spawned.install(start["manifest"], start["blobs"], run_name)
     main = ModuleType("__main__")

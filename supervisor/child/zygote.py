@@ -43,7 +43,6 @@ import signal
 import socket
 import sys
 import time
-import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
 from importlib import import_module
@@ -197,15 +196,12 @@ def _prepare(sources: list[tuple[str, str]], blobs: str, most_bytes: int | None 
             content = pinned.read_blob(blobs, digest)
             if most_bytes is not None and len(content) > most_bytes:
                 continue
-            with warnings.catch_warnings(record=True) as said:
-                warnings.simplefilter("always")
-                code = compile(content, path, "exec", dont_inherit=True)
-            prepared = pinned.Prepared(code, len(content), pinned.lines_of(content))
+            prepared = pinned.prepared(content, path)
         except Exception:  # noqa: BLE001, S112 -- each child will say so itself
             continue
-        if not said:  # What the compiler warns of is said by each child.
+        if prepared is not None:
             pinned.PREPARED[digest, path] = prepared
-            functions.PRINTS.update({id(part): (part, codeprint(part)) for part in every(code)})
+            functions.PRINTS.update({id(part): (part, codeprint(part)) for part in every(prepared.code)})
         if most_bytes is None:
             _rest(began)
 

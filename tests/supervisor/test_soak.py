@@ -47,15 +47,19 @@ class Usage:
 
 
 def usage(started: Supervised, descriptors: int | None = None) -> Usage:
-    """Measure a supervisor that has come to rest: beside its child, compile helper and zygote wait for work.
+    """Measure a supervisor that has come to rest: beside its child, compile helper and zygote wait for work,
+    and after a reload the next child.
 
     Its pipes are read to their end after that, so the descriptors are waited for as well, if it is known how
     many there were.
     """
     process = psutil.Process(started.process.pid)
     until(lambda: NO_ZYGOTE or started.status()["zygote"]["state"] == "ready")
-    until(lambda: (len(generations(process)), len(process.children())) == (1, 2 if NO_ZYGOTE else 3))
-    until(lambda: process.num_fds() <= (descriptors or sys.maxsize))
+    spare = int(not NO_ZYGOTE and descriptors is not None)
+    until(lambda: (started.status()["zygote"]["spare"] is not None) == bool(spare))
+    helpers = spare + (1 if NO_ZYGOTE else 2)
+    until(lambda: (len(generations(process)), len(process.children())) == (1, 1 + helpers))
+    until(lambda: process.num_fds() <= (descriptors + spare if descriptors is not None else sys.maxsize))
     children = generations(process)
     zombies = [child for child in children if child.status() == psutil.STATUS_ZOMBIE]
     return Usage(

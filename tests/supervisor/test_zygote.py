@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -166,6 +168,20 @@ def bench(tmp_path: Path, supervise: Callable[..., Supervised]) -> Bench:
     return Bench(tmp_path, supervise)
 
 
+def compile_helper(started: Supervised) -> psutil.Process:
+    """Return the helper that waits for the next change."""
+    found: list[psutil.Process] = []
+
+    def is_there() -> bool:
+        for child in psutil.Process(started.process.pid).children():
+            with contextlib.suppress(psutil.Error):
+                found.extend([child] if "compiler.py" in " ".join(child.cmdline()) else [])
+        return bool(found)
+
+    until(is_there)
+    return found[0]
+
+
 def facts(bench: Bench, generation: int) -> dict[str, Any]:
     file = bench.folder / f"facts{generation}"
     until(file.exists)
@@ -229,7 +245,7 @@ def test_child_is_never_forked_with_a_library_that_it_would_not_find_now(
     forks = bench.zygote["forks"]
     bench.answer(3)
     started.expect("running 3 new")
-    assert bench.zygote["forks"] == forks + 1
+    assert bench.zygote["forks"] == forks + 1, "\n".join(started.output.lines)
 
 
 OVERTAKEN = """\
@@ -323,17 +339,100 @@ def test_child_that_was_forked_ahead_and_is_not_needed_ends(bench: Bench) -> Non
     ours = psutil.Process(started.process.pid)
 
     def programs() -> int:  # The compile helper is another program.
-        return sum("bootstrap.py" in " ".join(child.cmdline()) for child in ours.children())
+        found = 0
+        for child in ours.children():
+            with contextlib.suppress(psutil.Error):  # It has just ended.
+                found += "bootstrap.py" in " ".join(child.cmdline())
+        return found
 
     (bench.tree / "answer.py").touch()
     started.expect("unchanged")
     (bench.tree / "answer.py").write_text("VALUE = (\n", encoding="utf-8")
     started.expect("rejected")
     until(lambda: programs() == len(("live", "zygote")))
-    assert bench.zygote["forks"] == 0
+    assert (bench.zygote["forks"], bench.zygote["spare"]) == (0, None)
     bench.answer(2)
     started.expect("running 2 old")
     assert bench.zygote["forks"] == 1
+
+
+def test_after_a_reload_the_next_child_waits_for_the_next_one_and_takes_its_code_and_its_place(
+    bench: Bench,
+) -> None:
+    started = bench.start()
+    bench.ready()
+    bench.answer(2)
+    started.expect("running 2 old")
+    for number in (3, 4):
+        until(lambda: bench.zygote["spare"] is not None)
+        spare = bench.zygote["spare"]
+        bench.answer(number)
+        started.expect(f"running {number} old")
+        until(lambda: started.status()["in_sync"])
+        assert started.live().pid == spare
+        assert f"WA_GENERATION={number}".encode() in Path(f"/proc/{spare}/environ").read_bytes().split(b"\0")
+    until(lambda: bench.zygote["spare"] is not None)
+    spare = bench.zygote["spare"]
+    moved = bench.tree.rename(bench.folder / "moved")
+    shutil.copytree(moved, bench.tree)
+    bench.answer(5)
+    started.expect("running 5 old")
+    until(lambda: started.status()["in_sync"])
+    live = started.live().pid
+    assert live != spare
+    assert Path(f"/proc/{live}/cwd").samefile(bench.tree), "the folder of that name, not the one of before"
+
+
+def test_code_is_imported_while_it_is_still_being_judged_and_does_nothing_more(bench: Bench) -> None:
+    (bench.tree / "main.py").write_text(f"print('importing', flush=True)\n{MAIN}", encoding="utf-8")
+    started = bench.start("--handover=overlap")
+    bench.ready()
+    bench.answer(2)
+    started.expect("running 2 old")
+    (bench.tree / "side.py").write_text("VALUE = 0\n", encoding="utf-8")  # What others import is executed.
+    module = "import os\nprint('side', os.environ['WA_GENERATION'], flush=True)\n"
+    (bench.tree / "answer.py").write_text(f"{module}VALUE = 3\n", encoding="utf-8")
+    started.expect("running 3 old")
+    until(lambda: started.status()["in_sync"] and bench.zygote["spare"] is not None)
+    number = started.status()["live"]["generation"]
+    helper = compile_helper(started)
+    helper.suspend()
+    try:
+        (bench.tree / "answer.py").write_text(f"{module}VALUE = 4\n", encoding="utf-8")
+        until(lambda: bench.zygote["spare"] is not None)
+        begun = psutil.Process(bench.zygote["spare"])
+        wanted = f"WA_GENERATION={number + 1}".encode()
+        until(lambda: wanted in Path(f"/proc/{begun.pid}/environ").read_bytes().split(b"\0"))
+        status = started.status()
+        assert (status["live"]["generation"], status["candidate"]) == (number, None)
+    finally:
+        helper.resume()
+    started.expect("running 4 old")
+    until(lambda: started.status()["in_sync"])
+    assert started.live().pid == begun.pid
+
+
+def test_nothing_of_code_that_does_not_compile_is_executed(bench: Bench) -> None:
+    started = bench.start()
+    started.expect("running 1 old")
+    bench.ready()
+    said = "import sys\nprint('executed', file=sys.stderr, flush=True)\n"
+    (bench.tree / "library2.py").write_text("VALUE = 1\n", encoding="utf-8")
+    (bench.tree / "main.py").write_text(f"import library2\n{MAIN}", encoding="utf-8")
+    started.expect("running 1 old")
+    for number in range(3):
+        until(lambda: bench.zygote["spare"] is not None)
+        spare = psutil.Process(bench.zygote["spare"])
+        (bench.tree / "library2.py").write_text(f"{said}VALUE = ({number}\n", encoding="utf-8")
+        started.expect(r"rejected \(syntax\)")
+        until(lambda: is_gone(spare))  # noqa: B023 -- it is called before the next turn
+    bench.answer(2)  # The tree is still broken.
+    started.expect("rejected")
+    (bench.tree / "library2.py").write_text(f"{said}VALUE = 1\n", encoding="utf-8")
+    started.expect("running 2 old")
+    lines = started.output.lines
+    assert sum("executed" in line for line in lines) == 1
+    assert not [line for line in lines if "Traceback" in line]
 
 
 def test_forked_child_has_the_tree_of_its_generation_and_not_that_of_the_zygote(bench: Bench) -> None:
@@ -464,7 +563,8 @@ def test_operator_can_do_without(bench: Bench) -> None:
     started.expect("running 2 old")
     started.expect(r"reload \((watch|scan)\): live")
     assert bench.zygote == {
-        "state": "off", "reason": "--no-zygote", "pid": None, "modules": 0, "forks": 0, "left_out": {},
+        "state": "off", "reason": "--no-zygote", "pid": None, "modules": 0, "forks": 0, "spare": None,
+        "left_out": {},
     }  # fmt: skip
     assert not [c for c in psutil.Process(started.process.pid).children() if c.name() == "wa-zygote"]
 
@@ -482,16 +582,17 @@ def test_many_reloads_leave_nothing_behind(bench: Bench, measured: Callable[[str
         started.expect(r"reload \((watch|scan)\): live")
 
     reload(2)
-    until(lambda: len(ours.children()) == len(("the child", "the zygote", "the next compile helper")))
+    beside = ("the child", "the next one", "the zygote", "the next compile helper")
+    until(lambda: bench.zygote["spare"] is not None and len(ours.children()) == len(beside))
     descriptors = [ours.num_fds(), zygote.num_fds()]
     memory = [process.memory_info().rss for process in (ours, zygote)]
     reloads = 100 if SOAK else 10
     for number in range(3, 3 + reloads):
         reload(number)
     assert bench.zygote["forks"] == reloads + 1
+    until(lambda: bench.zygote["spare"] is not None and not zygote.children())
     until(lambda: [ours.num_fds(), zygote.num_fds()] <= descriptors)
     until(lambda: [child.pid for child in generations(ours)] == [started.live().pid])
-    assert not zygote.children()
     grown = [process.memory_info().rss - b for process, b in zip((ours, zygote), memory, strict=True)]
     measured(f"{reloads} reloads: supervisor and zygote grew by {[g // 1024 for g in grown]} KiB")
 
