@@ -2,12 +2,16 @@
 
 The vocabulary between :mod:`supervisor.lifecycle`, which turns the first into the second, and those who
 observe and act. One fact a class; nothing here decides.
+
+They are msgspec's frozen structs and not frozen dataclasses, which they are like in all that is used of them:
+to make so many dataclasses would be a part of each start that can be felt.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
+
+from msgspec import Struct
 
 Outcome = Literal["live", "unchanged", "superseded", "rejected", "rolled_back"]
 Reason = Literal["syntax", "import", "attestation", "readiness", "crash"]
@@ -22,8 +26,7 @@ OPERATOR_TRIGGERS = frozenset({"cli", "signal", "config"})
 # --- events -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class TreeReady:
+class TreeReady(Struct, frozen=True):
     """A manifest passed its compilation and is to become the running code.
 
     Attributes:
@@ -37,41 +40,35 @@ class TreeReady:
     renew: bool = False
 
 
-@dataclass(frozen=True)
-class TreeRejected:
+class TreeRejected(Struct, frozen=True):
     """What is on disk cannot become a manifest that may run."""
 
 
-@dataclass(frozen=True)
-class TreeUnchanged:
+class TreeUnchanged(Struct, frozen=True):
     """The tree on disk is the one that is live."""
 
     tree: str
 
 
-@dataclass(frozen=True)
-class TreeSeen:
+class TreeSeen(Struct, frozen=True):
     """The disk holds this tree now."""
 
     tree: str
 
 
-@dataclass(frozen=True)
-class TreeLeft:
+class TreeLeft(Struct, frozen=True):
     """The disk has not come to rest at this tree, although a candidate was started from it."""
 
     tree: str
 
 
-@dataclass(frozen=True)
-class Imported:
+class Imported(Struct, frozen=True):
     """A child stands at its gate with its imports done."""
 
     number: int
 
 
-@dataclass(frozen=True)
-class Attested:
+class Attested(Struct, frozen=True):
     """A child's attestation was compared: ``problem`` is None if it runs what it was started from."""
 
     number: int
@@ -79,23 +76,20 @@ class Attested:
     importing: bool = False
 
 
-@dataclass(frozen=True)
-class Ready:
+class Ready(Struct, frozen=True):
     """A child said READY=1."""
 
     number: int
 
 
-@dataclass(frozen=True)
-class Beat:
+class Beat(Struct, frozen=True):
     """A child showed that it works, or asked for more time (``extend_seconds``)."""
 
     number: int
     extend_seconds: float = 0.0
 
 
-@dataclass(frozen=True)
-class Exceeded:
+class Exceeded(Struct, frozen=True):
     """A live child uses more than it may.
 
     Attributes:
@@ -108,15 +102,13 @@ class Exceeded:
     detail: str
 
 
-@dataclass(frozen=True)
-class Finished:
+class Finished(Struct, frozen=True):
     """A child's program is over, and it holds nothing that another process could miss or wait for."""
 
     number: int
 
 
-@dataclass(frozen=True)
-class Exited:
+class Exited(Struct, frozen=True):
     """A child is gone and reaped, with all that it left behind.
 
     Attributes:
@@ -133,25 +125,21 @@ class Exited:
     blameless: bool = False
 
 
-@dataclass(frozen=True)
-class Tick:
+class Tick(Struct, frozen=True):
     """Time has passed."""
 
 
-@dataclass(frozen=True)
-class Slept:
+class Slept(Struct, frozen=True):
     """The supervisor itself stood still: nobody could be heard, and nobody's silence counts."""
 
     seconds: float
 
 
-@dataclass(frozen=True)
-class RestartRequested:
+class RestartRequested(Struct, frozen=True):
     """The operator wants a new process of the code that runs."""
 
 
-@dataclass(frozen=True)
-class RollbackRequested:
+class RollbackRequested(Struct, frozen=True):
     """The operator wants the last good code before the one that runs.
 
     Attributes:
@@ -163,18 +151,15 @@ class RollbackRequested:
     disk: str | None = None
 
 
-@dataclass(frozen=True)
-class PauseRequested:
+class PauseRequested(Struct, frozen=True):
     """The operator wants no other code to be started until he says so."""
 
 
-@dataclass(frozen=True)
-class ResumeRequested:
+class ResumeRequested(Struct, frozen=True):
     """The operator ends the pause."""
 
 
-@dataclass(frozen=True)
-class StopRequested:
+class StopRequested(Struct, frozen=True):
     """The operator wants the service stopped."""
 
 
@@ -203,8 +188,7 @@ Event = (
 # --- actions ----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Launch:
+class Launch(Struct, frozen=True):
     """Start a process of this tree under this number.
 
     Attributes:
@@ -216,44 +200,38 @@ class Launch:
     trigger: str
 
 
-@dataclass(frozen=True)
-class Attest:
+class Attest(Struct, frozen=True):
     """Ask a child for an attestation, after a delay."""
 
     number: int
     delay_seconds: float = 0.0
 
 
-@dataclass(frozen=True)
-class Go:
+class Go(Struct, frozen=True):
     """Let a child pass its gate."""
 
     number: int
 
 
-@dataclass(frozen=True)
-class Dump:
+class Dump(Struct, frozen=True):
     """Note where a child stands that does not move, and have it write down the stacks of its threads."""
 
     number: int
 
 
-@dataclass(frozen=True)
-class Terminate:
+class Terminate(Struct, frozen=True):
     """Send SIGTERM to a child."""
 
     number: int
 
 
-@dataclass(frozen=True)
-class Kill:
+class Kill(Struct, frozen=True):
     """Send SIGKILL to a child and its process group."""
 
     number: int
 
 
-@dataclass(frozen=True)
-class Report:
+class Report(Struct, frozen=True):
     """The attempt to run a tree has ended: to make this generation live, or to keep it live on probation.
 
     Attributes:
@@ -267,8 +245,7 @@ class Report:
     trigger: str | None = None
 
 
-@dataclass(frozen=True)
-class Restarting:
+class Restarting(Struct, frozen=True):
     """A child that served is started again, or replaced, because of a fault."""
 
     number: int
@@ -277,8 +254,7 @@ class Restarting:
     wait_seconds: float
 
 
-@dataclass(frozen=True)
-class Drained:
+class Drained(Struct, frozen=True):
     """A child that was asked to stop is gone; ``how`` it ended is for people."""
 
     number: int
@@ -286,8 +262,7 @@ class Drained:
     how: str
 
 
-@dataclass(frozen=True)
-class Promoted:
+class Promoted(Struct, frozen=True):
     """A generation survived its probation: its tree is the last known good one."""
 
     number: int
