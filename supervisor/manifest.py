@@ -26,6 +26,7 @@ real directory once (which of its names wins would depend on the order of a dire
 
 from __future__ import annotations
 
+import collections
 import errno
 import hashlib
 import os
@@ -206,10 +207,25 @@ class Snapshot:
     worktrees: tuple[str, ...] = ()
 
 
+_Difference = tuple[dict[str, str], list[str]]
+_DIFFERENCES: collections.deque[tuple[Mapping[str, str], Mapping[str, str], _Difference]] = collections.deque(
+    maxlen=3
+)
+"""The last ones: of what runs, of what was compiled and of what the zygote knows to what is on disk."""
+
+
 def difference(old: Mapping[str, str], new: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-    """Return what has to be set and what has to be removed to make one mapping of sources another one."""
+    """Return what has to be set and what has to be removed to make one mapping of sources another one.
+
+    Neither they nor the result may be changed: a reload asks for the same a few times, and is answered once.
+    """
+    for before, after, known in tuple(_DIFFERENCES):
+        if before is old and after is new:
+            return known
     altered = {path: digest for path, digest in new.items() if old.get(path) != digest}
-    return altered, [path for path in old if path not in new] if old.keys() != new.keys() else []
+    gone = [path for path in old if path not in new] if old.keys() != new.keys() else []
+    _DIFFERENCES.append((old, new, (altered, gone)))
+    return altered, gone
 
 
 def scan(
