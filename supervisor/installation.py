@@ -253,7 +253,7 @@ def install(unit: str, text: str, scope: Scope) -> Installed:
 def port_of(variables: Path) -> int | None:
     """Return the port that a file of variables gives, or None."""
     try:
-        address = environment.assignments(variables).get(LISTEN_VARIABLE, "")
+        address = environment.assignments(variables, exported=False).get(LISTEN_VARIABLE, "")
     except UsageError:
         return None
     port = address.rpartition(":")[2]

@@ -23,7 +23,16 @@ from supervisor import control, environment, installation, processes, unitfile
 from supervisor.errors import NoSupervisorError, SupervisorError, UsageError
 from supervisor.flags import Parser, parse_run
 from supervisor.installation import NAME, Scope
-from supervisor.settings import Options, Settings, load_file, merge, parse_target, resolve, runtime_dir
+from supervisor.settings import (
+    Options,
+    Settings,
+    load_file,
+    merge,
+    parse_target,
+    resolve,
+    runtime_dir,
+    working_directory,
+)
 from supervisor.unitfile import Unit
 
 _ANSWER_SECONDS = 5.0
@@ -215,7 +224,7 @@ def _of_text(name: str, scope: Scope, texts: list[str], file: Path) -> Subject:
         if value.startswith("-") and not path.exists():
             continue
         try:
-            sources[path] = environment.assignments(path, "the variables in")
+            sources[path] = environment.assignments(path, "the variables in", exported=False)
         except UsageError as error:
             problems.append(str(error))
     variables = dict(word.split("=", 1) for word in unit.words("Environment") if "=" in word)
@@ -262,7 +271,7 @@ def _settings(found: Subject, directory: Path) -> Settings:
         raise UsageError(f"{found.name} does not start `wa-supervisor run`; see its ExecStart=")
     given = vars(parse_run(Parser("wa-supervisor run"), words[1:]))
     target, config = parse_target(given.pop("target")), given.pop("config")
-    here = Path.cwd()
+    here = working_directory()
     try:
         os.chdir(found.folder)
     except OSError as error:

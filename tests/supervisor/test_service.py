@@ -499,6 +499,23 @@ def test_supervisord_in_the_same_environment_is_refused(
     assert "supervisor 4.2.5 (supervisord) is installed" in started.output.join()
 
 
+@pytest.mark.parametrize("name", ["PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir"])
+def test_numbers_are_shown_and_not_written_whatever_the_environment_asks_of_prometheus_client(
+    supervise: Supervise, tree: Path, tmp_path: Path, name: str
+) -> None:
+    child = 'import os; print([name for name in os.environ if "multiproc" in name.lower()])\n'
+    (tree / "main.py").write_text(f"{child}while True: __import__('time').sleep(1)\n", encoding="utf-8")
+    started = supervise("main.py", cwd=tree, **{name: str(tmp_path / "none")})
+    started.expect(LIVE)
+    started.expect(r"\[\]")
+    started.expect(f"{name} is left out")
+    wanted = tmp_path / "child.env"
+    wanted.write_text(f"{name}={tmp_path}\n", encoding="utf-8")
+    asked = supervise(f"--env-file={wanted}", "main.py", cwd=tree, folder=tmp_path / "second")
+    asked.expect(LIVE)
+    asked.expect(rf"\['{name}'\]")
+
+
 def test_options_of_the_file_count_and_flags_beat_them(supervise: Supervise, tree: Path) -> None:
     (tree / "options.toml").write_text("watch = ['modules']\nscan-interval = 60\n", encoding="utf-8")
     started = supervise("--config=options.toml", "--watch=.", "main.py", cwd=tree)
