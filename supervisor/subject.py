@@ -100,6 +100,7 @@ class Subject:
         variables: its environment.
         sources: where each of them is set, by file, the later file counts.
         problems: one sentence each about what of this cannot be found out.
+        unseen: of them, those that are about who asks and not about the service.
         settings: of its supervisor; None if they cannot be meant.
         status: of its supervisor; None if none answers.
         silence: why none answers.
@@ -116,6 +117,7 @@ class Subject:
     variables: Mapping[str, str]
     sources: Mapping[Path, Mapping[str, str]] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
+    unseen: tuple[str, ...] = ()
     settings: Settings | None = None
     status: Mapping[str, Any] | None = None
     silence: str = ""
@@ -142,7 +144,9 @@ def of_unit(name: str, scope: Scope) -> Subject:
     """
     template = re.sub("@.*", "@.service", name)
     places = [folder / one for one in dict.fromkeys((name, template)) for folder in scope.folders]
-    file = next((path for path in places if path.is_file()), None)
+    file = next((path for path in places if path.is_file() or path.is_symlink()), None)
+    if file is not None and (file.resolve() == Path(os.devnull) or not file.stat().st_size):
+        raise SupervisorError(f"{name} is masked by {file}; {scope.systemctl} unmask {name}")
     if file is None:
         raise SupervisorError(f"no unit {name} is installed in {scope.folder}; `wa-supervisor install-unit`")
     drop_ins = {
@@ -218,6 +222,7 @@ def account_of(user: str | int | None) -> Account | None:
 def _of_text(name: str, scope: Scope, texts: list[str], file: Path) -> Subject:
     unit = unitfile.parse(texts, scope.specifiers(name))
     problems: list[str] = []
+    unseen: list[str] = []
     sources: dict[Path, Mapping[str, str]] = {}
     for value in unit.all("EnvironmentFile"):
         path = scope.below(value.removeprefix("-"))
@@ -226,7 +231,9 @@ def _of_text(name: str, scope: Scope, texts: list[str], file: Path) -> Subject:
         try:
             sources[path] = environment.assignments(path, "the variables in", exported=False)
         except UsageError as error:
-            problems.append(str(error))
+            # The manager reads it, whoever the service runs as.
+            private = isinstance(error.__cause__, PermissionError) and not scope.of_user
+            (unseen if private else problems).append(str(error))
     variables = dict(word.split("=", 1) for word in unit.words("Environment") if "=" in word)
     for given in sources.values():
         variables.update(given)
@@ -244,6 +251,7 @@ def _of_text(name: str, scope: Scope, texts: list[str], file: Path) -> Subject:
         variables=variables,
         sources=sources,
         problems=tuple(problems),
+        unseen=tuple(unseen),
         offered=tuple(unit.words("Check", _EXTRA)),
     )
     return _completed(found, Path(base, *runtime) if runtime else runtime_dir(None))
@@ -260,7 +268,8 @@ def _completed(found: Subject, directory: Path) -> Subject:
     try:
         settings = _settings(found, directory)
     except (SupervisorError, OSError) as error:
-        problems.append(str(error))
+        if not found.unseen:  # Else it may be for want of what is in there.
+            problems.append(str(error))
     status, silence = _ask(settings.runtime_dir if settings else directory)
     return replace(found, settings=settings, problems=tuple(problems), status=status, silence=silence)
 
