@@ -56,6 +56,7 @@ _OF_A_USER = frozenset(
         *("WorkingDirectory", "Environment", "EnvironmentFile", "RuntimeDirectory", "RuntimeDirectoryMode"),
         *("StateDirectory", "StateDirectoryMode", "ConfigurationDirectory", "ExecStart", "ExecReload"),
         *("TimeoutStartSec", "TimeoutStopSec", "TimeoutAbortSec", "WatchdogSec", "Restart", "RestartSec"),
+        "RestartPreventExitStatus",
         *("KillMode", "OOMPolicy", "NoNewPrivileges", "UMask"),
     }
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import pwd
 import re
@@ -217,6 +218,7 @@ def test_who_may_not_write_is_told_who_may(tmp_path: Path, of_user: bool, remedy
     scope = Scope(of_user, tmp_path)
     places = Places(str(ROOT), sys.prefix, sysconfig.get_path("scripts"))
     text = installation.render("wa-monitor.service", places, of_user=of_user)
+    importlib.import_module("grp")  # Somebody else may not be able to read our interpreter's library.
     os.seteuid(pwd.getpwnam("daemon").pw_uid)
     try:
         with pytest.raises(SupervisorError, match=re.escape(f": Permission denied; {remedy}")):

@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import pytest
 
+from supervisor import control
 from tests.supervisor.harness import DEADLINE_SECONDS, SUPERVISOR, Supervised, is_gone
 
 Supervise = Callable[..., Supervised]
@@ -546,6 +547,20 @@ def test_service_manager_hears_ready_status_and_the_end(
         started.process.terminate()
         hear("STOPPING=1")
         assert "NOTIFY_SOCKET" not in "".join(heard)
+
+
+@pytest.mark.parametrize("heard", [True, False])
+def test_stop_by_command_before_anything_was_live_is_told_to_the_service_manager(
+    supervise: Supervise, tree: Path, tmp_path: Path, heard: bool
+) -> None:
+    (tree / "main.py").write_text("x = = 1\n", encoding="utf-8")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "n"))
+        variables = {"NOTIFY_SOCKET": str(tmp_path / "n")} if heard else {}
+        started = supervise("main.py", cwd=tree, **variables)
+        started.expect(r"rejected \(syntax\)")
+        control.request(started.runtime, "stop", timeout_seconds=DEADLINE_SECONDS)
+        assert started.process.wait(DEADLINE_SECONDS) == (7 if heard else 0)
 
 
 def test_service_manager_that_asked_for_a_reload_is_always_answered(
