@@ -22,15 +22,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from supervisor import control, flags, logfile
-from supervisor.environment import ESTATE_VARIABLE, namesake
+from supervisor.environment import ESTATE_VARIABLE, MULTIPROCESS_VARIABLES, namesake
 from supervisor.errors import SupervisorError, UsageError
 from supervisor.flags import Parser
 from supervisor.logfile import CHILD_LOG
 from supervisor.output import Output, fill_standard_descriptors
-from supervisor.settings import Settings, load_file, merge, parse_target, resolve, runtime_dir
+from supervisor.settings import (
+    Settings,
+    load_file,
+    merge,
+    parse_target,
+    resolve,
+    runtime_dir,
+    working_directory,
+)
 
 if TYPE_CHECKING:
     from supervisor.installation import Scope
+
+log = logging.getLogger("wa-supervisor")
 
 EXIT_FAILED = 1
 EXIT_DIFFERS = 3
@@ -50,7 +60,7 @@ def _run(given: argparse.Namespace) -> int:
         raise UsageError(problem)
     options = vars(given)
     target, config = parse_target(options.pop("target")), options.pop("config")
-    here = Path.cwd()
+    here = working_directory()
 
     def read_settings() -> Settings:
         try:
@@ -60,6 +70,8 @@ def _run(given: argparse.Namespace) -> int:
         return resolve(target, merge(options, load_file(config) if config else {}))
 
     settings = read_settings()
+    # Before anything imports prometheus_client, which would end us where such a folder cannot be written.
+    taken_out = [name for name in MULTIPROCESS_VARIABLES if os.environ.pop(name, None) is not None]
     # Imported here: the other commands answer without loading watcher, metrics and web server.
     from supervisor import blobs  # noqa: PLC0415
     from supervisor.bytecode import Compiler  # noqa: PLC0415
@@ -78,6 +90,13 @@ def _run(given: argparse.Namespace) -> int:
         while not isinstance(ended, int):
             output = Output(settings.state_dir / CHILD_LOG, estate=ended.output if ended else None)
             _log_to(output.handler())
+            for name in taken_out:
+                log.warning(
+                    "%s is left out: our numbers are shown, not written; a child that needs it gets it by"
+                    " --env-file",
+                    name,
+                )
+            taken_out.clear()
             try:
                 ended = Service(settings, output, read_settings, compiler, estate=ended).run()
             finally:

@@ -127,9 +127,12 @@ def _offered(one: Subject) -> Iterator[Finding]:
     if not one.offered:
         yield Finding(one.name, "check", "skipped", "the unit names no Check= for what the service needs")
         return
-    if one.account is None or not one.account.can_be_taken:
-        who = one.account.name if one.account else "the service's user"
-        yield Finding(one.name, "check", "skipped", f"what {who} may do is for root to find out")
+    if one.account is None:
+        yield Finding(one.name, "check", "skipped", "not asked: the service's user does not exist")
+        return
+    if not one.account.can_be_taken:
+        detail = f"what {one.account.name} may do is for root to find out"
+        yield Finding(one.name, "check", "skipped", detail)
         return
     shown = " ".join(one.offered)
     try:

@@ -1,9 +1,10 @@
 """Environment: what a child gets to know besides its code, and whether that has changed.
 
-``--env-file`` is read as systemd reads ``EnvironmentFile=`` (systemd.exec(5)), without its continuation
-lines: ``NAME=value`` a line, ``#`` and ``;`` begin comments, quotes around a value are taken off, nothing is
-expanded. Files in ``$CREDENTIALS_DIRECTORY`` are the child's to read; here they only count as a reason for a
-new generation when their content has changed.
+``--env-file`` is read as systemd reads ``EnvironmentFile=`` (systemd.exec(5)): ``NAME=value`` a line, ``#``
+and ``;`` begin comments, quotes around a value are taken off and may hold line breaks, a backslash takes the
+next character as it is and joins lines, nothing is expanded. What systemd would pass over in silence is an
+error here. Files in ``$CREDENTIALS_DIRECTORY`` are the child's to read; here they only count as a reason for
+a new generation when their content has changed.
 
 The rule: values are secrets. They go into a child's environment and into a digest, never into a sentence.
 
@@ -25,8 +26,17 @@ from supervisor.errors import UsageError
 ESTATE_VARIABLE = "WA_SUPERVISOR_ESTATE"
 """What one image of the supervisor hands to the next: see :mod:`supervisor.reexec`. No child may see it."""
 
-_ASSIGNMENT = re.compile(r"(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)=(.*)", re.DOTALL)
-_QUOTES = ("'", '"')
+MULTIPROCESS_VARIABLES = ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir")
+"""What makes prometheus_client write numbers to files, by process, as soon as it is imported."""
+
+_NAME = re.compile(r"(export[ \t]+)?([A-Za-z_][A-Za-z0-9_]*)[ \t]*=")
+_BEGIN = re.compile(r"[^ \t\n\r]")
+_LINE_END = re.compile(r"\r\n?|\n")
+_COMMENT = re.compile(r"[#;][^\n\r]*")
+_QUOTED = re.compile(r"""[ \t]*(?:'([^']*)'|"((?:[^"\\]|\\.)*)")""", re.DOTALL)
+_BARE = re.compile(r"[ \t]*((?:[^\\\n\r]|\\.)*)\\?", re.DOTALL)
+_ESCAPE = re.compile(r"\\(.)", re.DOTALL)
+_ESCAPED_IN_QUOTES = frozenset('"\\`$')
 
 
 @dataclass(frozen=True)
@@ -61,12 +71,13 @@ def read(inherited: Mapping[str, str], file: Path | None) -> Environment:
     return Environment(variables, summary.hexdigest())
 
 
-def assignments(file: Path, what: str = "--env-file") -> dict[str, str]:
+def assignments(file: Path, what: str = "--env-file", *, exported: bool = True) -> dict[str, str]:
     """Return the variables that a file of ``NAME=value`` lines gives.
 
     Args:
         file: what to read.
         what: it is called in an error.
+        exported: ``export NAME=value``, which systemd passes over, is taken as well.
 
     Raises:
         UsageError: the file cannot be read, or has a line that is no assignment.
@@ -78,20 +89,52 @@ def assignments(file: Path, what: str = "--env-file") -> dict[str, str]:
     except UnicodeDecodeError as error:
         raise UsageError(f"{what} {file} is not UTF-8; write it anew") from error
     variables = {}
-    for number, line in enumerate(text.splitlines(), start=1):
-        stripped = line.strip()
-        if not stripped or stripped.startswith(("#", ";")):
-            continue
-        found = _ASSIGNMENT.fullmatch(stripped)
-        if found is None or "\0" in stripped:  # The line itself may be a secret.
-            raise UsageError(f"{what} {file}, line {number} is not NAME=value; correct it")
-        variables[found[1]] = _unquoted(found[2].strip())
+    at = 0
+    while begun := _BEGIN.search(text, at):
+        try:
+            name, value, at = _entry(text, begun.start(), exported=exported)
+        except ValueError as error:  # The line itself may be a secret.
+            line = len(_LINE_END.findall(text, 0, begun.start())) + 1
+            raise UsageError(f"{what} {file}, line {line} {error}") from error
+        if name:
+            variables[name] = value
     return variables
 
 
-def _unquoted(value: str) -> str:
-    quoted = len(value) > 1 and value[0] in _QUOTES and value[-1] == value[0]
-    return value[1:-1] if quoted else value
+def _entry(text: str, at: int, *, exported: bool) -> tuple[str, str, int]:
+    """Read a comment or an assignment; return the name, empty for a comment, the value, and where it ends.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if comment := _COMMENT.match(text, at):
+        if comment[0].endswith("\\"):
+            raise ValueError("is a comment that takes in the next line; take away the backslash at its end")
+        return "", "", comment.end()
+    found = _NAME.match(text, at)
+    if found is None or (found[1] and not exported):
+        raise ValueError("is not NAME=value; correct it")
+    parts, at = [], found.end()
+    while quoted := _QUOTED.match(text, at):
+        parts.append(quoted[1] if quoted[2] is None else _ESCAPE.sub(_unescaped_in_quotes, quoted[2]))
+        at = quoted.end()
+    bare = _BARE.match(text, at)
+    assert bare is not None  # noqa: S101 -- it matches nothing at all, too
+    if bare[1].startswith(("'", '"')):
+        raise ValueError("begins a quote that is not closed; close it")
+    kept = bare[1].rstrip(" \t")
+    if (len(kept) - len(kept.rstrip("\\"))) % 2:
+        kept = bare[1][: len(kept) + 1]  # A blank behind a backslash stays.
+    value = "".join(parts) + _ESCAPE.sub(lambda pair: "" if pair[1] in "\n\r" else pair[1], kept)
+    if "\0" in value:
+        raise ValueError("is not NAME=value; correct it")
+    return found[2], value, bare.end()
+
+
+def _unescaped_in_quotes(pair: re.Match[str]) -> str:
+    if pair[1] in _ESCAPED_IN_QUOTES:
+        return pair[1]
+    return "" if pair[1] == "\n" else pair[0]
 
 
 def _credentials(directory: str | None) -> list[tuple[str, bytes]]:

@@ -56,6 +56,7 @@ _OF_A_USER = frozenset(
         *("WorkingDirectory", "Environment", "EnvironmentFile", "RuntimeDirectory", "RuntimeDirectoryMode"),
         *("StateDirectory", "StateDirectoryMode", "ConfigurationDirectory", "ExecStart", "ExecReload"),
         *("TimeoutStartSec", "TimeoutStopSec", "TimeoutAbortSec", "WatchdogSec", "Restart", "RestartSec"),
+        "RestartPreventExitStatus",
         *("KillMode", "OOMPolicy", "NoNewPrivileges", "UMask"),
     }
 )
@@ -241,11 +242,11 @@ def install(unit: str, text: str, scope: Scope) -> Installed:
         )
     read = unitfile.parse([text], scope.specifiers(unit))
     variables = scope.below(read.all("EnvironmentFile")[-1].removeprefix("-"))
-    done = [_write_variables(variables, _group(read), _credential(read, scope))]
+    done = [_write_variables(variables, scope, _group(read), _credential(read, scope))]
     if found == text:
         done.append(f"{path} is up to date")
     else:
-        _write(path, text, 0o644)
+        _write(path, text, scope, 0o644)
         done.append(f"{'replaced' if found is not None else 'wrote'} {path}")
     return Installed(unit, tuple(done), tuple(_following(unit, read, variables, scope)))
 
@@ -253,11 +254,23 @@ def install(unit: str, text: str, scope: Scope) -> Installed:
 def port_of(variables: Path) -> int | None:
     """Return the port that a file of variables gives, or None."""
     try:
-        address = environment.assignments(variables).get(LISTEN_VARIABLE, "")
+        return _port(environment.assignments(variables, exported=False).get(LISTEN_VARIABLE, ""))
     except UsageError:
         return None
+
+
+def _port(address: str) -> int | None:
     port = address.rpartition(":")[2]
     return int(port) if port.isdecimal() else None
+
+
+def _listens(file: Path, specifiers: Mapping[str, str]) -> str:
+    """Return what a unit itself gives its supervisor to listen on; nothing where it cannot be read."""
+    with suppress(OSError, UsageError):
+        text = plainfile.read(file).decode("utf-8", "replace")
+        words = unitfile.parse([text], specifiers).words("Environment")
+        return dict(word.partition("=")[::2] for word in words).get(LISTEN_VARIABLE, "")
+    return ""
 
 
 def _for_a_user(text: str) -> Iterator[str]:
@@ -281,7 +294,8 @@ def _present(path: Path) -> str | None:
     except FileNotFoundError:
         return "" if path.is_symlink() else None  # A link that leads nowhere is somebody's, too.
     except OSError as error:
-        raise SupervisorError(f"cannot read {path}: {error.strerror}; look at what it is") from error
+        remedy = "do it as root" if isinstance(error, PermissionError) else "look at what it is"
+        raise SupervisorError(f"cannot read {path}: {error.strerror}; {remedy}") from error
 
 
 def _credential(unit: Unit, scope: Scope) -> Path | None:
@@ -290,16 +304,16 @@ def _credential(unit: Unit, scope: Scope) -> Path | None:
     return scope.below(loaded[0]) if loaded else None
 
 
-def _write_variables(path: Path, group: int, credential: Path | None) -> str:
+def _write_variables(path: Path, scope: Scope, group: int, credential: Path | None) -> str:
     """See to a file of variables with a port of its own, and say what was done."""
     present = _present(path)
     if present is not None and (port := port_of(path)) is not None:
         return f"kept {path} (port {port})"
-    port = _free_port(path)
+    port = _free_port(path, scope)
     if present is None:
         secret = _URL_HERE if credential is None else _URL_ELSEWHERE.format(path=credential)
         text = _VARIABLES.format(variable=LISTEN_VARIABLE, port=port, secret=secret)
-        _write(path, text, _ENV_MODE, group)
+        _write(path, text, scope, _ENV_MODE, group)
         return f"wrote {path} (port {port})"
     line_end = "" if not present or present.endswith("\n") else "\n"
     line = f"{LISTEN_VARIABLE}=127.0.0.1:{port}"
@@ -307,17 +321,23 @@ def _write_variables(path: Path, group: int, credential: Path | None) -> str:
         with path.open("a", encoding="utf-8") as file:
             file.write(f"{line_end}{line}\n")
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise _cannot_write(path, scope, error) from error
     return f"added {line} to {path}"
 
 
-def _free_port(path: Path) -> int:
+def _free_port(path: Path, scope: Scope) -> int:
     """Return a port that no other instance has been given and nobody listens on.
 
     Raises:
         SupervisorError: there is none left.
     """
     taken = {port_of(other) for other in path.parent.glob("*env") if other != path and other.is_file()}
+    plain = f"{NAME}.service"
+    for file in (
+        folder / plain for folder in scope.folders
+    ):  # It may be as in contrib/, with a port of its own.
+        if path.name != "env" and file.is_file():
+            taken.add(_port(_listens(file, scope.specifiers(plain))))
     for port in _PORTS:
         if port not in taken and is_free(port):
             return port
@@ -337,7 +357,7 @@ def is_free(port: int) -> bool:
     return False
 
 
-def _write(path: Path, text: str, mode: int, group: int = -1) -> None:
+def _write(path: Path, text: str, scope: Scope, mode: int, group: int = -1) -> None:
     """Write a file as a whole, or not at all."""
     beside = path.with_name(f".{path.name}.new")
     try:
@@ -353,16 +373,22 @@ def _write(path: Path, text: str, mode: int, group: int = -1) -> None:
     except OSError as error:
         with suppress(OSError):
             beside.unlink()
-        raise _cannot_write(path, error) from error
+        raise _cannot_write(path, scope, error) from error
 
 
 def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-def _cannot_write(path: Path, error: OSError) -> SupervisorError:
-    remedy = "; do it as root, or use --user" if error.errno in {1, 13} else "; nothing else was changed"
-    return SupervisorError(f"cannot write {path}: {error.strerror}{remedy}")
+def _cannot_write(path: Path, scope: Scope, error: OSError) -> SupervisorError:
+    remedy = "nothing else was changed"
+    if isinstance(error, PermissionError):
+        remedy = (
+            "become its owner, or name another $XDG_CONFIG_HOME"
+            if scope.of_user
+            else "do it as root, or use --user"
+        )
+    return SupervisorError(f"cannot write {path}: {error.strerror}; {remedy}")
 
 
 def _group(unit: Unit) -> int:

@@ -18,7 +18,7 @@ from contextlib import closing
 from pathlib import Path
 
 from supervisor import git, inotify, installation, processes
-from supervisor.environment import assignments, namesake
+from supervisor.environment import ESTATE_VARIABLE, MULTIPROCESS_VARIABLES, assignments, namesake
 from supervisor.errors import SourceError, SupervisorError
 from supervisor.filesystems import FileSystems
 from supervisor.finding import Found, Look, ok, run, split
@@ -40,11 +40,22 @@ _OF_THE_MANAGER = frozenset(
         *("RUNTIME_DIRECTORY", "STATE_DIRECTORY", "CREDENTIALS_DIRECTORY", "JOURNAL_STREAM"),
     }
 )
-_CHANGES_PYTHON = {
+_OURS = frozenset({ESTATE_VARIABLE, "WA_TREE", "WA_GENERATION"})
+_BREAKS = {
     "PYTHONHOME": "Python takes its library from elsewhere",
     "PYTHONINSPECT": "Python does not end when the program does",
     "PYTHONSAFEPATH": "code in the working directory is not found",
-    "PROMETHEUS_MULTIPROC_DIR": "prometheus_client writes its numbers to files instead of showing them",
+    **dict.fromkeys(
+        MULTIPROCESS_VARIABLES,
+        "prometheus_client writes numbers to files; the supervisor leaves it out, other commands do not",
+    ),
+}
+_DISTURBS = {
+    "PYTHONDONTWRITEBYTECODE": "every start of Python compiles what it imports anew, and a restart by hand"
+    " does not show what stale bytecode does",
+    "PYTHONPYCACHEPREFIX": "bytecode lies elsewhere than where other programs leave and read it",
+    "PYTHONOPTIMIZE": "assertions are left out of the code that runs",
+    "PYTHONWARNINGS": "a warning may end what runs well without it",
 }
 
 
@@ -115,8 +126,11 @@ def _readable(one: Subject, account: Account) -> Iterator[Found]:
             for path in paths:
                 if not os.access(path, os.R_OK, effective_ids=True):
                     raise SourceError(path, os.strerror(errno.EACCES))  # noqa: TRY301 -- as the manifest says it
-            if paths and not os.access(folder.path, os.W_OK, effective_ids=True):
-                unwritable.append(folder.path)
+            caches = f"{folder.path}/__pycache__"
+            ours = [caches, folder.path] if os.path.isdir(caches) else [folder.path]  # noqa: PTH112 -- as above
+            unwritable += [
+                path for path in ours if paths and not os.access(path, os.W_OK, effective_ids=True)
+            ]
     except SourceError as error:
         yield "wrong", f"{account.name} cannot read {error.path}: {error.why}", error.remedy
         return
@@ -134,13 +148,31 @@ def _state_directory(one: Subject, account: Account) -> Iterator[Found]:
     assert one.settings is not None  # noqa: S101 -- asked by the caller
     made = one.unit is not None and bool(one.unit.words("StateDirectory"))
     directory = one.settings.state_dir
+    other = next(_of_others(directory), None)
+    if other is not None:
+        yield (
+            "wrong",
+            f"{account.name} may not use {other}, which somebody else left in the state directory",
+            f"chown -R {account.name}: {directory}",
+        )
     if made:
-        return  # systemd makes it, and gives it to the user.
+        return  # systemd makes it, and gives it to the user; not what is in it, if it is the user's already.
     standing = next(path for path in (directory, *directory.parents) if path.exists())
     if os.access(standing, os.W_OK | os.X_OK, effective_ids=True):
         yield ok(f"{account.name} can use the state directory {directory}")
     else:
         yield "wrong", f"{account.name} may not write to {standing}", "name another place with --state-dir"
+
+
+def _of_others(directory: Path) -> Iterator[Path]:
+    """Yield what in a state directory cannot be read and written."""
+    for folder, _, names in os.walk(directory):
+        for path, needed in ((folder, os.W_OK | os.X_OK), *((f"{folder}/{name}", 0) for name in names)):
+            if not os.access(path, os.R_OK | needed, effective_ids=True):
+                yield Path(path)
+    for file in directory.glob("*"):
+        if file.is_file() and not os.access(file, os.W_OK, effective_ids=True):
+            yield file
 
 
 def _file_system(one: Subject) -> Iterator[Found]:
@@ -276,17 +308,41 @@ def _collisions(one: Subject) -> Iterator[Found]:
     written = {name: str(file) for file, given in one.sources.items() for name in given}
     for name in sorted(one.variables):
         where = written.get(name, f"the environment of {one.name}")
-        if name in _CHANGES_PYTHON:
-            yield "wrong", f"{name} is set in {where}: {_CHANGES_PYTHON[name]}", f"remove {name} there"
-        elif name in _OF_THE_MANAGER and (one.unit is not None or name == "WA_SUPERVISOR_ESTATE"):
+        if name in _BREAKS:
+            yield "wrong", f"{name} is set in {where}: {_BREAKS[name]}", f"remove {name} there"
+        elif name in _DISTURBS and one.variables[name]:
+            yield "warning", f"{name} is set in {where}: {_DISTURBS[name]}", f"remove {name} there"
+        elif name in _OF_THE_MANAGER and one.unit is not None:
             yield (
                 "wrong",
                 f"{name} is set in {where}: it belongs to the service manager",
                 f"remove {name} there",
             )
+        elif name in _OURS and (one.unit is not None or name == ESTATE_VARIABLE):
+            yield "wrong", f"{name} is set in {where}: it belongs to the supervisor", f"remove {name} there"
+    yield from _shadowed(one, written.get("PYTHONPATH", f"the environment of {one.name}"))
     yield from _set_twice(one)
     if one.status is not None:
         yield from _outlived(one, processes.environment(one.status["pid"]))
+
+
+def _shadowed(one: Subject, where: str) -> Iterator[Found]:
+    """Find folders of PYTHONPATH: what is in them goes before what is installed."""
+    roots = [Path(root) for root in (one.settings.tree.roots if one.settings else ())]
+    names = {"supervisor", *(root.name for root in roots)}
+    own = [str(one.folder), *(str(root.parent) for root in roots), *_search_path(one)]
+    known = {os.path.realpath(path) for path in own}
+    for entry in filter(None, one.variables.get("PYTHONPATH", "").split(os.pathsep)):
+        place = one.folder / entry
+        if os.path.realpath(place) in known:
+            continue
+        found = [name for name in sorted(names) if (place / name).is_dir() or (place / f"{name}.py").exists()]
+        if found:
+            detail = f"PYTHONPATH is set in {where}: {', '.join(found)} would be taken from {place}"
+            yield "wrong", detail, "remove PYTHONPATH there"
+        else:
+            detail = f"PYTHONPATH is set in {where}: what lies in {place} goes before what is installed"
+            yield "warning", detail, "remove PYTHONPATH there, unless that is meant"
 
 
 def _set_twice(one: Subject) -> Iterator[Found]:

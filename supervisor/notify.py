@@ -92,6 +92,11 @@ class Notifier:
             self._last_status = line
 
     @property
+    def is_heard(self) -> bool:
+        """Whether there is a service manager."""
+        return bool(self._address)
+
+    @property
     def owed(self) -> tuple[str, ...]:
         """What the service manager has not taken yet."""
         return tuple(self._owed)

@@ -62,10 +62,10 @@ class Reload:
     _marked_at: float | None = None
 
     def mark(self, stage: str, now: float) -> None:
-        """Count the time since the last mark to a stage."""
+        """Count the time since the last mark to a stage; none if ``now`` is of earlier in the same turn."""
         since = self.began_at if self._marked_at is None else self._marked_at
-        self.stages[stage] = self.stages.get(stage, 0.0) + now - since
-        self._marked_at = now
+        self._marked_at = max(now, since)
+        self.stages[stage] = self.stages.get(stage, 0.0) + self._marked_at - since
 
     def make_way(self, newer: Reload) -> None:
         """Let who waits for this one wait for a newer one; of a tree that never rests there is always one."""

@@ -70,6 +70,12 @@ from supervisor.zygote import Zygote
 
 log = logging.getLogger("wa-supervisor")
 
+EXIT_NEVER_READY = 7
+"""Stopped by a command before READY=1: systemd takes an exit with 0 for a failure then, and starts us again.
+
+The unit names it in ``RestartPreventExitStatus=``; systemd calls it NOTRUNNING (systemd.exec(5)).
+"""
+
 _HOUSEKEEPING_SECONDS = 0.5
 _HOUSEKEEPING_WAITS_SECONDS = 0.25
 """For how long at most housekeeping lets a reload go first: it takes some milliseconds."""
@@ -101,6 +107,8 @@ class Service:
     Raises:
         SupervisorError: it cannot start; nothing was started.
     """
+
+    _exit_code = 0
 
     def __init__(
         self,
@@ -295,7 +303,7 @@ class Service:
         if self._succession.due:
             return self._leave()
         log.info("stopped")
-        return 0
+        return self._exit_code
 
     def _turn(self) -> None:
         """Wait for something, let all concerned look at it, and decide until nothing is left to decide."""
@@ -988,6 +996,8 @@ class Service:
 
     def operator(self, what: str, uid: int | None) -> None:
         """Note for the record what an operator did."""
+        if what == "stop" and self._notifier.is_heard and not self._last_live:
+            self._exit_code = EXIT_NEVER_READY
         self._chronicle.operator(what, uid)
 
     # --- what is published --------------------------------------------------------------------------------

@@ -317,6 +317,20 @@ def parse_target(words: tuple[str, ...] | list[str]) -> Target:
     )
 
 
+def working_directory() -> Path:
+    """Return the directory that we work in.
+
+    Raises:
+        UsageError: it was removed meanwhile.
+    """
+    try:
+        return Path.cwd()
+    except OSError as error:
+        raise UsageError(
+            f"the working directory cannot be named: {error.strerror}; change to one that is there"
+        ) from error
+
+
 def runtime_dir(given: str | None) -> Path:
     """Return the directory of socket and lock: as given, ``$RUNTIME_DIRECTORY``, or the user's own (XDG)."""
     if given or (given := _first_directory("RUNTIME_DIRECTORY")):
@@ -400,10 +414,11 @@ def _locate(target: Target) -> Path:
         return script.resolve().parent if script.is_symlink() else script.absolute().parent
     top = target.name.partition(":")[0].partition(".")[0]
     # Where the child will look: its working directory first, as with python -m.
-    spec = importlib.machinery.PathFinder.find_spec(top, [str(Path.cwd()), *sys.path])
+    here = working_directory()
+    spec = importlib.machinery.PathFinder.find_spec(top, [str(here), *sys.path])
     if spec is None or (spec.origin is None and spec.submodule_search_locations is None):
         raise UsageError(
-            f"TARGET {target}: there is no module {top!r} in {Path.cwd()} or on the Python path; "
+            f"TARGET {target}: there is no module {top!r} in {here} or on the Python path; "
             "start the supervisor in the folder that holds it"
         )
     if spec.submodule_search_locations is not None:

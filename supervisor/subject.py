@@ -23,7 +23,16 @@ from supervisor import control, environment, installation, processes, unitfile
 from supervisor.errors import NoSupervisorError, SupervisorError, UsageError
 from supervisor.flags import Parser, parse_run
 from supervisor.installation import NAME, Scope
-from supervisor.settings import Options, Settings, load_file, merge, parse_target, resolve, runtime_dir
+from supervisor.settings import (
+    Options,
+    Settings,
+    load_file,
+    merge,
+    parse_target,
+    resolve,
+    runtime_dir,
+    working_directory,
+)
 from supervisor.unitfile import Unit
 
 _ANSWER_SECONDS = 5.0
@@ -91,6 +100,7 @@ class Subject:
         variables: its environment.
         sources: where each of them is set, by file, the later file counts.
         problems: one sentence each about what of this cannot be found out.
+        unseen: of them, those that are about who asks and not about the service.
         settings: of its supervisor; None if they cannot be meant.
         status: of its supervisor; None if none answers.
         silence: why none answers.
@@ -107,6 +117,7 @@ class Subject:
     variables: Mapping[str, str]
     sources: Mapping[Path, Mapping[str, str]] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
+    unseen: tuple[str, ...] = ()
     settings: Settings | None = None
     status: Mapping[str, Any] | None = None
     silence: str = ""
@@ -133,7 +144,9 @@ def of_unit(name: str, scope: Scope) -> Subject:
     """
     template = re.sub("@.*", "@.service", name)
     places = [folder / one for one in dict.fromkeys((name, template)) for folder in scope.folders]
-    file = next((path for path in places if path.is_file()), None)
+    file = next((path for path in places if path.is_file() or path.is_symlink()), None)
+    if file is not None and (file.resolve() == Path(os.devnull) or not file.stat().st_size):
+        raise SupervisorError(f"{name} is masked by {file}; {scope.systemctl} unmask {name}")
     if file is None:
         raise SupervisorError(f"no unit {name} is installed in {scope.folder}; `wa-supervisor install-unit`")
     drop_ins = {
@@ -209,15 +222,18 @@ def account_of(user: str | int | None) -> Account | None:
 def _of_text(name: str, scope: Scope, texts: list[str], file: Path) -> Subject:
     unit = unitfile.parse(texts, scope.specifiers(name))
     problems: list[str] = []
+    unseen: list[str] = []
     sources: dict[Path, Mapping[str, str]] = {}
     for value in unit.all("EnvironmentFile"):
         path = scope.below(value.removeprefix("-"))
         if value.startswith("-") and not path.exists():
             continue
         try:
-            sources[path] = environment.assignments(path, "the variables in")
+            sources[path] = environment.assignments(path, "the variables in", exported=False)
         except UsageError as error:
-            problems.append(str(error))
+            # The manager reads it, whoever the service runs as.
+            private = isinstance(error.__cause__, PermissionError) and not scope.of_user
+            (unseen if private else problems).append(str(error))
     variables = dict(word.split("=", 1) for word in unit.words("Environment") if "=" in word)
     for given in sources.values():
         variables.update(given)
@@ -235,6 +251,7 @@ def _of_text(name: str, scope: Scope, texts: list[str], file: Path) -> Subject:
         variables=variables,
         sources=sources,
         problems=tuple(problems),
+        unseen=tuple(unseen),
         offered=tuple(unit.words("Check", _EXTRA)),
     )
     return _completed(found, Path(base, *runtime) if runtime else runtime_dir(None))
@@ -251,7 +268,8 @@ def _completed(found: Subject, directory: Path) -> Subject:
     try:
         settings = _settings(found, directory)
     except (SupervisorError, OSError) as error:
-        problems.append(str(error))
+        if not found.unseen:  # Else it may be for want of what is in there.
+            problems.append(str(error))
     status, silence = _ask(settings.runtime_dir if settings else directory)
     return replace(found, settings=settings, problems=tuple(problems), status=status, silence=silence)
 
@@ -262,7 +280,7 @@ def _settings(found: Subject, directory: Path) -> Settings:
         raise UsageError(f"{found.name} does not start `wa-supervisor run`; see its ExecStart=")
     given = vars(parse_run(Parser("wa-supervisor run"), words[1:]))
     target, config = parse_target(given.pop("target")), given.pop("config")
-    here = Path.cwd()
+    here = working_directory()
     try:
         os.chdir(found.folder)
     except OSError as error:

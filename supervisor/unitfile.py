@@ -29,6 +29,15 @@ _AS_WRITTEN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ012
 _UNWRITABLE = frozenset("\"'\\")
 _SPECIFIER = re.compile(r"%(.)")
 _VARIABLE = re.compile(r"\$(?:\$|\{(\w+)\}|(\w+)$)")
+_SPAN = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)\s*")
+_UNITS = {
+    **dict.fromkeys(("", "s", "sec", "second", "seconds"), 1.0),
+    **dict.fromkeys(("ms", "msec"), 0.001),
+    **dict.fromkeys(("us", "usec"), 0.000001),
+    **dict.fromkeys(("m", "min", "minute", "minutes"), 60.0),
+    **dict.fromkeys(("h", "hr", "hour", "hours"), 3600.0),
+    **dict.fromkeys(("d", "day", "days"), 86400.0),
+}
 _WHOLE_LINE = frozenset({"WorkingDirectory", "EnvironmentFile"})
 _URLS = frozenset({"Documentation"})
 
@@ -57,10 +66,13 @@ class Unit:
         """Return the words of all values of a setting.
 
         Raises:
-            ValueError: a quote is not closed.
+            UsageError: a quote is not closed.
         """
         raw = self.values.get((section, key), ())
-        return [expand(word, self.specifiers) for value in raw for word in shlex.split(value)]
+        try:
+            return [expand(word, self.specifiers) for value in raw for word in shlex.split(value)]
+        except ValueError as error:
+            raise UsageError(f"{key}= of the unit has a quote that is not closed; close it") from error
 
 
 def parse(texts: Iterable[str], specifiers: Mapping[str, str]) -> Unit:
@@ -103,6 +115,14 @@ def substitute(word: str, environment: Mapping[str, str]) -> str:
     return _VARIABLE.sub(
         lambda found: "$" if found[0] == "$$" else environment.get(found[1] or found[2], ""), word
     )
+
+
+def seconds(span: str) -> float | None:
+    """Return a time span of systemd.time(7) in seconds; None for ``infinity`` and for what is none."""
+    parts = _SPAN.findall(span)
+    if not parts or _SPAN.sub("", span).strip() or any(unit not in _UNITS for _, unit in parts):
+        return None
+    return sum(float(number) * _UNITS[unit] for number, unit in parts)
 
 
 def relocate(text: str, moved: Callable[[str], str], places: re.Pattern[str]) -> str:

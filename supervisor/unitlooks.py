@@ -11,12 +11,16 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from supervisor import installation
+from supervisor import installation, unitfile
 from supervisor.errors import SupervisorError
 from supervisor.finding import Found, ok, run, split
 from supervisor.installation import Places
 from supervisor.subject import Subject
 
+_START_LIMIT_SECONDS, _START_LIMIT_BURST, _RESTART_SECONDS = "10s", "5", "100ms"
+"""What counts where a unit says nothing (systemd-system.conf(5), systemd.service(5))."""
+
+_INLINE = ("SetCredential", "SetCredentialEncrypted")
 _YES = frozenset({"1", "yes", "true", "on"})
 _HOMES = ("/home", "/root", "/run/user")
 _SCRATCH = ("/tmp", "/var/tmp")  # noqa: S108 -- what PrivateTmp= replaces
@@ -26,6 +30,8 @@ def unit(one: Subject) -> Iterator[Found]:
     """Look at the unit."""
     for problem in one.problems:
         yield "wrong", *split(SupervisorError(problem))
+    for problem in one.unseen:
+        yield "skipped", f"{problem}: what is in it is for root to find out", None
     if one.unit is None or one.file is None:
         return
     control = f"{one.scope.systemctl} daemon-reload"
@@ -46,6 +52,8 @@ def unit(one: Subject) -> Iterator[Found]:
         if value not in good:
             wanted = good[0]
             yield "wrong", f"{key}={value or ''}: {why}", f"set {key}={wanted}, then {control}"
+    yield from _given_up(one)
+    yield from _missing(one)
     yield from _sandboxed(one)
     yield from _verified(one, one.file)
     yield from _as_loaded(one)
@@ -54,9 +62,52 @@ def unit(one: Subject) -> Iterator[Found]:
 _DEMANDS: Sequence[tuple[str, tuple[str | None, ...], str]] = (
     ("Type", ("notify", "notify-reload"), "it would count as started before any code was proven"),
     ("NotifyAccess", ("main", None, "exec", "all"), "systemd would not hear that the service is ready"),
-    ("Restart", ("on-failure", "always", "on-abnormal"), "a supervisor that is killed would stay away"),
+    ("Restart", ("on-failure", "always"), "a supervisor that is killed or fails would stay away"),
     ("KillMode", ("mixed", "control-group", None), "processes would be left over after a stop"),
 )
+
+
+def _given_up(one: Subject) -> Iterator[Found]:
+    """Find what would leave a service down, or hung, for good."""
+    assert one.unit is not None  # noqa: S101 -- asked by the caller
+    control = f"{one.scope.systemctl} daemon-reload"
+    if not unitfile.seconds(one.unit.last("WatchdogSec") or "0"):
+        yield (
+            "wrong",
+            "WatchdogSec= is not set: a supervisor that hangs would hang for ever",
+            f"set WatchdogSec=30, then {control}",
+        )
+    interval = unitfile.seconds(one.unit.last("StartLimitIntervalSec", "Unit") or _START_LIMIT_SECONDS)
+    burst = one.unit.last("StartLimitBurst", "Unit") or _START_LIMIT_BURST
+    pause = unitfile.seconds(one.unit.last("RestartSec") or _RESTART_SECONDS)
+    if interval is None or pause is None or not burst.isdecimal() or not interval or not int(burst):
+        return
+    if int(burst) * pause <= interval:
+        yield (
+            "wrong",
+            f"systemd gives it up after {burst} starts within {interval:g} s, and it pauses {pause:g} s",
+            f"set StartLimitIntervalSec=0 in [Unit], then {control}",
+        )
+
+
+def _missing(one: Subject) -> Iterator[Found]:
+    """Find what systemd needs to be there before it starts anything."""
+    assert one.unit is not None  # noqa: S101 -- asked by the caller
+    for key in ("ReadWritePaths", "ReadOnlyPaths", "BindPaths", "BindReadOnlyPaths"):
+        for word in one.unit.words(key):
+            path = Path(word.lstrip("+").partition(":")[0])
+            if not word.startswith("-") and path.is_absolute() and not path.exists():
+                yield (
+                    "wrong",
+                    f"{key}={path} is not there: systemd does not start it",
+                    f"make it, or write {key}=-{path}",
+                )
+    replaced = {word.partition(":")[0] for key in _INLINE for word in one.unit.words(key)}
+    for word in one.unit.words("LoadCredential"):
+        name, _, source = word.partition(":")
+        file = one.scope.below(source)
+        if source.startswith("/") and name not in replaced and not file.exists():
+            yield "wrong", f"the credential {name} is not there: systemd does not start it", f"write {file}"
 
 
 def _text(one: Subject, file: Path) -> Iterator[Found]:
@@ -65,8 +116,9 @@ def _text(one: Subject, file: Path) -> Iterator[Found]:
     if not installation.is_ours(text):
         yield ok(f"{file}, written by hand or edited")
         return
-    commands = Path(one.command[0]).parent
-    places = Places(str(one.unit and one.unit.last("WorkingDirectory")), str(commands.parent), str(commands))
+    written = unitfile.parse([text], one.scope.specifiers(one.name))  # What drop-ins change is not its own.
+    commands = Path(written.words("ExecStart")[0]).parent
+    places = Places(str(written.last("WorkingDirectory")), str(commands.parent), str(commands))
     if text == installation.render(one.name, places, of_user=one.scope.of_user):
         yield ok(f"{file}, as install-unit writes it")
     else:

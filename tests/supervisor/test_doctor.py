@@ -20,7 +20,7 @@ import pytest
 
 from supervisor import doctor, installation
 from supervisor.installation import Places, Scope
-from tests.supervisor.harness import Supervised, until
+from tests.supervisor.harness import Supervised, let_others_in, until
 
 ROOT = Path(__file__).parents[2]
 UNIT = "wa-monitor@prod.service"
@@ -117,6 +117,15 @@ def _set_twice(service: Service) -> None:
     service.command("--env-file", str(other))
 
 
+def _no_credential(service: Service) -> None:
+    service.drop_in("SetCredential=")
+
+
+def _other_code(service: Service) -> None:
+    shutil.copytree(service.tree / "monitor", service.tree / "old" / "monitor")
+    service.set(f"PYTHONPATH={service.tree}:{service.tree}/old")
+
+
 def _namesake(service: Service) -> None:
     environment = service.tree / "venv"
     (environment / "bin").mkdir(parents=True)
@@ -147,6 +156,22 @@ FAULTS: list[tuple[str, Callable[[Service], object], str, str]] = [
     ("simple", lambda s: s.drop_in("Type=simple"), "unit", "Type=simple: it would count as started before"),
     ("deaf", lambda s: s.drop_in("NotifyAccess=none"), "unit", "NotifyAccess=none: "),
     ("stays away", lambda s: s.drop_in("Restart=no"), "unit", "Restart=no: "),
+    ("stays away after a fault", lambda s: s.drop_in("Restart=on-abnormal"), "unit", "Restart=on-abnormal: "),
+    ("hangs for ever", lambda s: s.drop_in("WatchdogSec=0"), "unit", "WatchdogSec= is not set: "),
+    (
+        "given up",
+        lambda s: s.drop_in("StartLimitIntervalSec=1min", section="Unit"),
+        "unit",
+        "systemd gives it up after 5 starts within 60 s, and it pauses 2 s",
+    ),
+    ("no place", lambda s: s.drop_in("ReadWritePaths=/none"), "unit", "ReadWritePaths=/none is not there: "),
+    ("no credential", _no_credential, "unit", "the credential database-url is not there: systemd does not s"),
+    (
+        "open quote",
+        lambda s: s.drop_in('Environment="A=b'),
+        "unit",
+        "Environment= of the unit has a quote th",
+    ),
     ("left over", lambda s: s.drop_in("KillMode=process"), "unit", "KillMode=process: "),
     ("hidden home", _home, "unit", "WA_PROJECTS is /root"),
     (
@@ -164,6 +189,9 @@ FAULTS: list[tuple[str, Callable[[Service], object], str, str]] = [
     ("open credential", _credential, "permissions", "everybody may read "),
     ("systemd's", lambda s: s.set("NOTIFY_SOCKET=/x"), "environment", "NOTIFY_SOCKET is set in "),
     ("multiprocess", lambda s: s.set("PROMETHEUS_MULTIPROC_DIR=/x"), "environment", "PROMETHEUS_MULTIPROC_D"),
+    ("multiprocess, old", lambda s: s.set("prometheus_multiproc_dir=/x"), "environment", "prometheus_multip"),
+    ("ours", lambda s: s.set("WA_SUPERVISOR_ESTATE=1"), "environment", "WA_SUPERVISOR_ESTATE is set in "),
+    ("other code", _other_code, "environment", "PYTHONPATH is set in "),
     ("python", lambda s: s.set("PYTHONHOME=/x"), "environment", "PYTHONHOME is set in "),
     ("set twice", _set_twice, "environment", "DATABASE_URL is set differently in "),
     ("namesake", _namesake, "environment", "the package supervisor 4.2.5 (supervisord) is inst"),
@@ -176,6 +204,96 @@ FAULTS: list[tuple[str, Callable[[Service], object], str, str]] = [
 def test_fault_is_named(service: Service, do: Callable[[Service], object], check: str, detail: str) -> None:
     do(service)
     assert any(found[0] == check and found[1].startswith(detail) for found in service.wrong())
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["PYTHONDONTWRITEBYTECODE=1", "PYTHONPYCACHEPREFIX=/x", "PYTHONOPTIMIZE=1", "PYTHONPATH=/x"],
+)
+def test_variable_that_changes_what_python_does_is_a_warning(service: Service, line: str) -> None:
+    service.set(line)
+    warned = [one["detail"] for one in service.examine() if one["state"] == "warning"]
+    assert any(detail.startswith(f"{line.partition('=')[0]} is set in ") for detail in warned)
+    assert service.wrong() == []
+
+
+@pytest.mark.parametrize(
+    ("section", "line"),
+    [
+        ("Unit", "StartLimitBurst=0"),
+        ("Unit", "StartLimitIntervalSec=5s"),
+        ("Unit", "StartLimitIntervalSec=infinity"),
+        ("Service", "ReadWritePaths=-/none"),
+        ("Service", "WatchdogSec=1min 30s"),
+    ],
+)
+def test_setting_that_keeps_the_promises_is_right(service: Service, section: str, line: str) -> None:
+    service.drop_in(line, section=section)
+    assert service.wrong() == []
+
+
+def test_drop_in_for_another_tree_does_not_make_the_unit_an_old_one(service: Service) -> None:
+    moved = service.tree.with_name("moved")
+    service.tree.rename(moved)
+    service.drop_in(f"WorkingDirectory={moved}", "ReadWritePaths=", f"ReadWritePaths={moved}")
+    assert service.wrong() == []
+
+
+@pytest.mark.parametrize("masked", ["link", "empty"])
+def test_masked_unit_is_called_so(service: Service, masked: str) -> None:
+    path = service.root / f"etc/systemd/system/{UNIT}"
+    path.unlink()
+    if masked == "link":
+        path.symlink_to("/dev/null")
+    else:
+        path.touch()
+    (found,) = [one for one in service.examine() if one["state"] == "wrong"]
+    assert found["detail"] == f"{UNIT} is masked by {path}"
+    assert found["remedy"] == f"systemctl unmask {UNIT}"
+
+
+@as_root
+def test_what_another_user_left_in_the_state_directory_is_named(service: Service) -> None:
+    let_others_in(service.tree)
+    service.drop_in("User=daemon", "StateDirectory=")
+    service.command("--state-dir", str(service.state))
+    (service.state / "blobs").mkdir(parents=True)
+    for path in (service.state, service.state / "blobs"):
+        os.chown(path, pwd.getpwnam("daemon").pw_uid, -1)
+    assert service.wrong() == []
+    for path in (service.state / "blobs" / "a", service.state / "history.db"):
+        path.write_text("", encoding="utf-8")
+        path.chmod(0o600)
+        (found,) = [one for one in service.examine() if one["state"] == "wrong"]
+        assert found["detail"].startswith(f"daemon may not use {path}, which somebody else left")
+        assert found["remedy"] == f"chown -R daemon: {service.state}"
+        path.unlink()
+
+
+@as_root
+def test_cache_that_the_services_user_cannot_write_to_is_a_warning(service: Service) -> None:
+    let_others_in(service.tree)
+    folder = service.tree / "monitor"
+    (folder / "__pycache__").mkdir()
+    os.chown(folder, pwd.getpwnam("daemon").pw_uid, -1)
+    service.drop_in("User=daemon")
+    (found,) = [one for one in service.examine() if one["check"] == "permissions" and one["state"] != "ok"]
+    assert f"cannot write bytecode in 1 folders, {folder}/__pycache__ is one" in found["detail"]
+
+
+@as_root
+def test_variables_that_only_root_can_read_are_not_the_services_fault(service: Service) -> None:
+    let_others_in(service.root)
+    service.drop_in("User=daemon")
+    service.variables.chmod(0o600)
+    os.seteuid(pwd.getpwnam("daemon").pw_uid)
+    try:
+        assert service.wrong() == []
+        (found,) = [one for one in service.examine() if str(service.variables) in one["detail"]]
+    finally:
+        os.seteuid(0)
+    assert (found["check"], found["state"]) == ("unit", "skipped")
+    assert found["detail"].endswith("Permission denied: what is in it is for root to find out")
 
 
 def test_unit_of_an_older_version_is_to_be_written_again(service: Service) -> None:
@@ -227,7 +345,7 @@ def test_clock_that_was_set_back_is_named(service: Service, monkeypatch: pytest.
 @as_root
 def test_source_that_the_services_user_cannot_read_is_named(service: Service) -> None:
     (service.tree / "monitor" / "app.py").chmod(0o600)
-    _reachable(service.tree)
+    let_others_in(service.tree)
     service.drop_in("User=daemon", "Group=daemon")
     assert ("permissions", f"cannot read {service.tree}/monitor/app.py: Permission denied") in [
         (check, detail.removeprefix("daemon ")) for check, detail in service.wrong()
@@ -241,18 +359,11 @@ def test_repository_that_git_refuses_to_the_service_is_named(service: Service) -
         pytest.skip("no git here: safe.directory")
     subprocess.run(["git", "init", "-q", service.tree], check=True)  # noqa: S607 -- git of the PATH
     assert service.wrong() == []
-    _reachable(service.tree)
+    let_others_in(service.tree)
     service.drop_in("User=daemon")
     (found,) = [one for one in service.examine() if one["check"] == "git"]
     assert found["detail"] == f"git refuses {service.tree} to daemon: it belongs to somebody else"
     assert found["remedy"].startswith(f"git config --system --add safe.directory '{service.tree}'")
-
-
-def _reachable(folder: Path) -> None:
-    """Let others into a folder of the tests."""
-    for each in (folder, *folder.parents):
-        if each != Path("/") and each.stat().st_uid == os.geteuid() and each != Path("/tmp"):
-            each.chmod(each.stat().st_mode | 0o055)
 
 
 def test_directories_that_cannot_be_watched_are_named(service: Service) -> None:

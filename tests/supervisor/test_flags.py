@@ -17,6 +17,7 @@ from supervisor.environment import ESTATE_VARIABLE
 from supervisor.errors import UsageError
 from supervisor.flags import Parser
 from supervisor.settings import Options, load_file, merge
+from tests.supervisor.harness import SUPERVISOR
 
 OWN = ("target", "config")
 
@@ -152,6 +153,26 @@ def test_mistake_is_said_on_stderr_and_has_its_exit_code(
     assert (ended.returncode, ended.stdout) == (code, "")
     assert ended.stderr.startswith(f"wa-supervisor: {sentence}")
     assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "code"), [(["run", "pack.app:main"], 2), (["install-unit", "--print"], 2), (["doctor"], 1)]
+)
+def test_working_directory_that_was_removed_is_named_in_a_sentence(
+    tmp_path: Path, words: list[str], code: int
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    removed = 'cd "$1" && rmdir "$1" && shift && exec "$@"'
+    ended = subprocess.run(
+        ["sh", "-c", removed, "sh", gone, SUPERVISOR, *words],  # noqa: S607
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == code
+    assert "Traceback" not in ended.stderr
+    assert "the working directory cannot be named: No such file or directory" in ended.stdout + ended.stderr
 
 
 def test_without_words_its_commands_are_shown_on_stderr() -> None:

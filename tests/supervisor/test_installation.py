@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import pwd
+import re
 import shutil
 import socket
 import stat
@@ -16,7 +20,9 @@ from typing import Any
 import pytest
 
 from supervisor import installation
+from supervisor.errors import SupervisorError
 from supervisor.installation import Places, Scope
+from tests.supervisor.harness import let_others_in
 
 ROOT = Path(__file__).parents[2]
 UNITS = ROOT / "contrib" / "systemd"
@@ -175,6 +181,13 @@ def test_variables_that_stand_there_are_kept_and_get_a_port(tmp_path: Path) -> N
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
+def test_port_that_the_single_units_own_text_gives_is_taken(tmp_path: Path) -> None:
+    folder = tmp_path / "etc/systemd/system"
+    folder.mkdir(parents=True)
+    shutil.copy(UNITS / "wa-monitor.service", folder)  # By hand, and its file of variables gives no port.
+    assert installation.port_of(_variables(tmp_path, "a")) != 9464
+
+
 def test_others_cannot_read_the_variables(tmp_path: Path) -> None:
     assert stat.S_IMODE(_variables(tmp_path, "a").stat().st_mode) == 0o640
 
@@ -193,6 +206,25 @@ def test_what_cannot_be_done_is_one_sentence(words: list[str], code: int, senten
     done = wa("install-unit", *words, cwd=ROOT)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (code, "", 1)
     assert done.stderr.startswith(f"wa-supervisor: {sentence}")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: to become somebody else")
+@pytest.mark.parametrize(
+    ("of_user", "remedy"),
+    [(False, "do it as root, or use --user"), (True, "become its owner, or name another $XDG_CONFIG_HOME")],
+)
+def test_who_may_not_write_is_told_who_may(tmp_path: Path, of_user: bool, remedy: str) -> None:
+    let_others_in(tmp_path)
+    scope = Scope(of_user, tmp_path)
+    places = Places(str(ROOT), sys.prefix, sysconfig.get_path("scripts"))
+    text = installation.render("wa-monitor.service", places, of_user=of_user)
+    importlib.import_module("grp")  # Somebody else may not be able to read our interpreter's library.
+    os.seteuid(pwd.getpwnam("daemon").pw_uid)
+    try:
+        with pytest.raises(SupervisorError, match=re.escape(f": Permission denied; {remedy}")):
+            installation.install("wa-monitor.service", text, scope)
+    finally:
+        os.seteuid(0)
 
 
 def test_path_that_no_unit_can_name_is_refused(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import pytest
 
+from supervisor import control
 from tests.supervisor.harness import DEADLINE_SECONDS, SUPERVISOR, Supervised, is_gone
 
 Supervise = Callable[..., Supervised]
@@ -499,6 +500,23 @@ def test_supervisord_in_the_same_environment_is_refused(
     assert "supervisor 4.2.5 (supervisord) is installed" in started.output.join()
 
 
+@pytest.mark.parametrize("name", ["PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir"])
+def test_numbers_are_shown_and_not_written_whatever_the_environment_asks_of_prometheus_client(
+    supervise: Supervise, tree: Path, tmp_path: Path, name: str
+) -> None:
+    child = 'import os; print([name for name in os.environ if "multiproc" in name.lower()])\n'
+    (tree / "main.py").write_text(f"{child}while True: __import__('time').sleep(1)\n", encoding="utf-8")
+    started = supervise("main.py", cwd=tree, **{name: str(tmp_path / "none")})
+    started.expect(LIVE)
+    started.expect(r"\[\]")
+    started.expect(f"{name} is left out")
+    wanted = tmp_path / "child.env"
+    wanted.write_text(f"{name}={tmp_path}\n", encoding="utf-8")
+    asked = supervise(f"--env-file={wanted}", "main.py", cwd=tree, folder=tmp_path / "second")
+    asked.expect(LIVE)
+    asked.expect(rf"\['{name}'\]")
+
+
 def test_options_of_the_file_count_and_flags_beat_them(supervise: Supervise, tree: Path) -> None:
     (tree / "options.toml").write_text("watch = ['modules']\nscan-interval = 60\n", encoding="utf-8")
     started = supervise("--config=options.toml", "--watch=.", "main.py", cwd=tree)
@@ -529,6 +547,20 @@ def test_service_manager_hears_ready_status_and_the_end(
         started.process.terminate()
         hear("STOPPING=1")
         assert "NOTIFY_SOCKET" not in "".join(heard)
+
+
+@pytest.mark.parametrize("heard", [True, False])
+def test_stop_by_command_before_anything_was_live_is_told_to_the_service_manager(
+    supervise: Supervise, tree: Path, tmp_path: Path, heard: bool
+) -> None:
+    (tree / "main.py").write_text("x = = 1\n", encoding="utf-8")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "n"))
+        variables = {"NOTIFY_SOCKET": str(tmp_path / "n")} if heard else {}
+        started = supervise("main.py", cwd=tree, **variables)
+        started.expect(r"rejected \(syntax\)")
+        control.request(started.runtime, "stop", timeout_seconds=DEADLINE_SECONDS)
+        assert started.process.wait(DEADLINE_SECONDS) == (7 if heard else 0)
 
 
 def test_service_manager_that_asked_for_a_reload_is_always_answered(

@@ -136,3 +136,11 @@ def test_file_of_another_user_is_not_known_about() -> None:
         path.chmod(0o644)
         imports = "import sys\nfrom supervisor.writers import is_written"
         assert run_unprivileged(imports, "print(is_written(sys.argv[1]))", str(path)) == "None"
+
+
+def test_stage_that_ends_before_the_one_before_it_by_the_clock_of_its_turn_took_no_time() -> None:
+    reload = Reload("watch", 1.0)
+    reload.mark("verify", 2.5)
+    reload.mark("settle", 2.0)
+    reload.mark("handover", 3.0)
+    assert reload.stages == {"verify": 1.5, "settle": 0.0, "handover": 0.5}

@@ -41,7 +41,9 @@ def test_words_may_be_quoted_and_unknown_specifiers_stay() -> None:
 
 def test_quote_that_is_not_closed_is_an_error() -> None:
     read = unitfile.parse(['[Service]\nExecStart="/a\n'], {})
-    with pytest.raises(ValueError, match="quotation"):
+    with pytest.raises(
+        UsageError, match=r"^ExecStart= of the unit has a quote that is not closed; close it$"
+    ):
         read.words("ExecStart")
 
 
@@ -73,3 +75,22 @@ def test_path_is_written_by_the_syntax_of_its_setting(line: str, is_to_be: str) 
 def test_path_that_no_unit_can_name_is_refused(path: str) -> None:
     with pytest.raises(UsageError, match=r"^no unit of systemd can name .*; move it$"):
         unitfile.relocate("WorkingDirectory=/opt/x\n", lambda _: path, PLACE)
+
+
+@pytest.mark.parametrize(
+    ("span", "seconds"),
+    [
+        ("2", 2.0),
+        ("0", 0.0),
+        ("100ms", 0.1),
+        ("1min 30s", 90.0),
+        ("1min30s", 90.0),
+        ("1.5 h", 5400.0),
+        ("infinity", None),
+        ("", None),
+        ("5 fortnights", None),
+        ("-1", None),
+    ],
+)
+def test_time_spans_are_read(span: str, seconds: float | None) -> None:
+    assert unitfile.seconds(span) == seconds

@@ -7,7 +7,6 @@ What the machine has written outlives its power-off and is there at the next boo
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -18,6 +17,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from supervisor import control
+from supervisor.errors import NoSupervisorError
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
@@ -79,6 +81,10 @@ class Machine:
     def disk(self) -> Path:
         """What the machine has written, as seen from here; it may be changed while the machine is off."""
         return Path(f"/proc/{self._holder.pid}/root{self._disk}/up")
+
+    def place(self, path: str) -> Path:
+        """Return where a file of the machine is as seen from here, while it is on."""
+        return Path(f"/proc/{self._pid}/root{path}")
 
     # --- power --------------------------------------------------------------------------------------------
 
@@ -280,12 +286,24 @@ class Unit:
         """Run a command against its supervisor."""
         return self.machine.call(self._program, *words, f"--runtime-dir={self._runtime}")
 
+    def ask(self, command: str) -> dict[str, Any]:
+        """Ask its supervisor from here; a command of its own costs a start of Python in the machine.
+
+        Raises:
+            NoSupervisorError: none answers.
+        """
+        answer = control.request(self.machine.place(self._runtime), command, timeout_seconds=10.0)
+        assert answer["ok"], answer
+        return answer
+
     def status(self) -> dict[str, Any]:
         """Return the status document."""
-        done = self.command("status", "--json")
-        assert done.returncode == 0, done.stderr
-        document: dict[str, Any] = json.loads(done.stdout)
+        document: dict[str, Any] = self.ask("status")["status"]
         return document
+
+    def is_verified(self) -> bool:
+        """Whether the running process proves now that it runs what is on disk."""
+        return bool(self.ask("verify")["verify"]["in_sync"])
 
     def text(self) -> str:
         """Return its file as it is installed."""
@@ -296,8 +314,10 @@ class Unit:
         seen: list[dict[str, Any]] = []
 
         def is_in_sync() -> bool:
-            done = self.command("status", "--json")
-            seen.append(json.loads(done.stdout) if done.returncode == 0 else {"in_sync": False})
+            try:
+                seen.append(self.status())
+            except NoSupervisorError:
+                return False
             return bool(seen[-1]["in_sync"]) and int(seen[-1]["live"]["generation"]) > than
 
         self.machine.until(is_in_sync, f"not in sync:\n{self.journal()}\n")

@@ -51,7 +51,7 @@ def upstream(machine: Machine) -> Iterator[Callable[[str], str]]:
 
 
 @pytest.fixture
-def dev(machine: Machine, upstream: Callable[[str], str]) -> Unit:
+def dev(machine: Machine, upstream: Callable[[str], str]) -> Iterator[Unit]:
     """An instance that runs the clone and cannot write to it, by the drop-ins as they lie in contrib/."""
     upstream("first")
     machine.run("git", "-C", CLONE, "pull", "--quiet", "--ff-only", user="deploy")
@@ -68,7 +68,8 @@ def dev(machine: Machine, upstream: Callable[[str], str]) -> Unit:
     assert done.returncode == 0, f"{done.stderr}\n{unit.journal()}"
     unit.until_in_sync()
     unit.forget()
-    return unit
+    yield unit
+    machine.run("sh", "-c", "rm /etc/wa-monitor/dev.*")  # Else its port is one that an instance has.
 
 
 def test_pull_by_another_user_is_one_reload(

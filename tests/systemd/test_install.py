@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.supervisor.test_environment import AS_SYSTEMD, READ
 from tests.systemd.conftest import Evidence
 from tests.systemd.machine import BIN, Machine, Unit
 
@@ -117,3 +118,15 @@ def test_faults_of_a_running_unit_are_named(tidy: Machine) -> None:
     refused = tidy.call("sh", "-c", f"cd /opt/wa-monitor && {BIN}/wa-supervisor install-unit --instance prod")
     assert (refused.returncode, refused.stdout) == (1, "")
     assert "was edited or is not ours" in refused.stderr
+
+
+def test_file_of_variables_means_the_same_to_systemd_and_to_us(machine: Machine) -> None:
+    machine.write("/run/wa-read/env", f"{AS_SYSTEMD}export EXPORTED=1\n")
+    unit = "[Service]\nType=oneshot\nEnvironmentFile=/run/wa-read/env\n"
+    machine.write(
+        "/run/systemd/system/wa-read.service", f"{unit}ExecStart=/bin/sh -c 'env -0 > /run/wa-read/said'\n"
+    )
+    machine.run("systemctl", "daemon-reload")
+    machine.run("systemctl", "start", "wa-read.service")
+    said = [one.split("=", 1) for one in machine.run("cat", "/run/wa-read/said").split("\0") if one]
+    assert {name: value for name, value in said if name in READ or name == "EXPORTED"} == READ

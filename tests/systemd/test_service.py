@@ -217,6 +217,17 @@ def test_operators_own_stop_is_not_undone(started: Unit, evidence: Evidence) -> 
     evidence(lines(started, "stop|Deactivated"))
 
 
+def test_operators_own_stop_of_a_start_is_not_undone(unit: Unit, evidence: Evidence) -> None:
+    edit(unit, "import time; time.sleep(60)")
+    unit.machine.run("systemctl", "start", "--no-block", unit.name)
+    unit.machine.until(lambda: "is being started" in unit.show("StatusText"), "no status")
+    assert unit.command("stop").returncode == 0
+    unit.until("Main process exited")
+    unit.machine.until(lambda: unit.show("ActiveState") == "failed", unit.show("ActiveState"))
+    assert unit.show("NRestarts") == "0"  # It would count before the pause.
+    evidence(lines(unit, "stop|Main process exited|Failed"))
+
+
 def test_supervisor_replaced_in_place_stays_the_main_process(started: Unit, evidence: Evidence) -> None:
     before, main = started.status()["live"], started.show("MainPID")
     done = started.command("reexec")
