@@ -45,7 +45,7 @@ from monitor.identity import Known, Phone
 from monitor.ledger import Beginning
 from monitor.logs import log, together
 from monitor.messages import Message, Place, Unreadable
-from monitor.metrics import MonitorMetrics
+from monitor.metrics import Counts, MonitorMetrics
 from monitor.notify import Notifier
 from monitor.projects import Projects, ProjectsFile
 from monitor.repair import repair_some
@@ -187,6 +187,7 @@ class Relay:
                 )
             elif self._settings.once:
                 raise StoreError(f"cursor {source!r} is held by {seen.owner}; stop that monitor first")
+            self._metrics.update(counts=None)  # Who writes counts.
             self._notifier.status(status)
             self._turn_completed()
             self._stop.wait(_LOOK_SECONDS)
@@ -388,6 +389,7 @@ class _Writer:
         self._renewal = _Due(settings.lease_seconds / _RENEWALS_PER_LEASE)
         self._count = _Due(settings.scan_interval_seconds)
         self._usual = _Due(_USUAL_SECONDS)
+        self._usual_messages = 0.0
         self._repair = _Due(settings.auto_repair_seconds)
         self._standing = False
 
@@ -549,16 +551,19 @@ class _Writer:
         began_seconds = time.monotonic()
         known = self._bridge.known()
         standing = census.lid_rows(self._database, known)
-        self._metrics.update(
-            lid_rows=standing,
-            foreign_rows=census.foreign_rows(self._database),
-            pending=census.pending_drops(self._database, self._settings.source),
-            repaired=census.repaired_rows(self._database),
-            backlog=max(0, self._bridge.end().rowid - self._place.rowid),
-        )
         if self._usual.now():
-            self._metrics.update(usual_messages=census.usual_messages(self._database, self._settings.source))
+            self._usual_messages = census.usual_messages(self._database, self._settings.source)
             self._usual.done()
+        self._metrics.update(
+            counts=Counts(
+                lid_rows=standing,
+                foreign_rows=census.foreign_rows(self._database),
+                pending=census.pending_drops(self._database, self._settings.source),
+                repaired=census.repaired_rows(self._database),
+                backlog=max(0, self._bridge.end().rowid - self._place.rowid),
+                usual_messages=self._usual_messages,
+            )
+        )
         self._repair_what_stands(known, standing=bool(standing))
         self._count.done(time.monotonic() - began_seconds)
 
