@@ -15,6 +15,8 @@ can be put into an exposition without a second look. The rules:
   counts; so they are exact also when a process is killed before it could send its last numbers.
 - A value that is no total (a quantile, a NaN in a counter) is never added to one: it would stay for ever.
 
+A program that says the same again sends the numbers alone: :class:`Form` is what it had said of them.
+
 What a family looks like in an exposition is written here as well (:func:`lines`), with the texts of label
 sets kept from one exposition to the next.
 
@@ -29,7 +31,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 TOTAL_KINDS = frozenset({"counter", "histogram", "summary"})
@@ -145,8 +147,50 @@ class Totals:
         return added(self.carried, self.last)
 
 
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A family without its values, which is all of it that seldom changes.
+
+    Attributes:
+        family: without values.
+        series: of each reported number in its order; None for one that is never shown.
+    """
+
+    family: Family
+    series: tuple[Series | None, ...]
+
+    def filled(self, numbers: object) -> Family:
+        """Return the family with these numbers.
+
+        Raises:
+            FamilyError: they are none, or too few, or no such family has them.
+        """
+        name, kind = self.family.name, self.family.kind
+        if type(numbers) is not list or len(numbers) != len(self.series) or not _are_numbers(numbers):
+            raise FamilyError(f"{name} has {len(self.series)} series and needs a number for each")
+        is_total, sums = kind in TOTAL_KINDS, f"{name}_sum"
+        try:
+            values = {
+                series: float(number)
+                for series, number in zip(self.series, numbers, strict=True)
+                if series is not None and (not is_total or _is_total(float(number), is_sum=series[0] == sums))
+            }
+        except OverflowError as error:
+            raise FamilyError(f"{name} has a value that is too large") from error
+        return replace(self.family, values=_whole(name, values) if kind == "histogram" else values)
+
+
 def parse(report: object) -> Family:
     """Return a family from a child's report.
+
+    Raises:
+        FamilyError: it is none.
+    """
+    return parse_whole(report)[1]
+
+
+def parse_whole(report: object) -> tuple[Form, Family]:
+    """Return a family from a child's report, and the form by which more numbers for it can be read.
 
     Raises:
         FamilyError: it is none.
@@ -161,18 +205,17 @@ def parse(report: object) -> Family:
         raise FamilyError(f"{name} has no list of samples")
     names = {name + suffix for suffix in _SUFFIXES[kind]}
     legal = {f"{name}_created", *([name] if kind == "summary" else [])}
-    is_total, sums = kind in TOTAL_KINDS, f"{name}_sum"
-    values: dict[Series, float] = {}
+    series: list[Series | None] = []
+    numbers = []
     for sample in samples:
-        series, value = _sample(sample)
-        if series[0] in names:
-            if _is_shown(value, is_total=is_total, is_sum=series[0] == sums):
-                values[series] = value
-        elif series[0] not in legal:
-            raise FamilyError(f"{name} has a sample called {series[0]!r}")
+        one, number = _sample(sample)
+        if one[0] not in names and one[0] not in legal:
+            raise FamilyError(f"{name} has a sample called {one[0]!r}")
+        series.append(one if one[0] in names else None)
+        numbers.append(number)
     documentation = _text(report.get("documentation")) or _NO_DOCUMENTATION
-    whole = _whole(name, values) if kind == "histogram" else values
-    return Family(name, documentation, kind, whole, _since(report.get("since")))
+    form = Form(Family(name, documentation, kind, {}, _since(report.get("since"))), tuple(series))
+    return form, form.filled(numbers)
 
 
 def lines(family: Family, values: Values) -> Iterator[str]:
@@ -228,24 +271,26 @@ def _since(value: object) -> float | None:
     return float(value)  # type: ignore[arg-type]
 
 
-def _is_shown(value: float, *, is_total: bool, is_sum: bool) -> bool:
-    """Whether a legal value can be shown: a total neither falls nor is it no number."""
-    return not is_total or (math.isfinite(value) and (value >= 0 or is_sum))
+def _are_numbers(values: Iterable[object]) -> bool:
+    return _NUMBERS.issuperset(map(type, values))
 
 
-def _sample(sample: object) -> tuple[Series, float]:
-    """Return a series and its value; what was read from JSON has plain types, and ``match`` is slow."""
+def _is_total(value: float, *, is_sum: bool) -> bool:
+    """Whether a value can be a total, which neither falls nor is no number."""
+    return math.isfinite(value) and (value >= 0 or is_sum)
+
+
+def _sample(sample: object) -> tuple[Series, object]:
+    """Return a series and its number; what was read from JSON has plain types, and ``match`` is slow."""
     if type(sample) is not list or len(sample) != _PARTS_OF_A_SAMPLE:
         raise FamilyError("a sample is a name, labels and a number")
-    name, labels, value = sample
-    if type(name) is not str or type(labels) is not dict or type(value) not in _NUMBERS:
+    name, labels, number = sample
+    if type(name) is not str or type(labels) is not dict:
         raise FamilyError("a sample is a name, labels and a number")
     try:
-        return (name, _judged(name.endswith("_bucket"), tuple(labels.items()))), float(value)
+        return (name, _judged(name.endswith("_bucket"), tuple(labels.items()))), number
     except TypeError as error:  # A list as the value of a label.
         raise FamilyError(f"{name} has a label that is no text") from error
-    except OverflowError as error:
-        raise FamilyError(f"{name} has a value that is too large") from error
 
 
 @lru_cache(_TEXTS_KEPT)

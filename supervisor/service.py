@@ -777,6 +777,7 @@ class Service:
         self._child_metrics.go_live(live.number)
         self._verify_at = now + self._settings.verify_interval_seconds
         self._ask_for_modules()
+        self._fleet.ask_for_metrics(live.number)
         self._notifier.ready()
         self._live_is_new = True
 
