@@ -13,6 +13,7 @@ can be put into an exposition without a second look. The rules:
 - **A counter that began before its process is not the process's.** Its ``_created`` says so (OpenMetrics):
   it is kept in a database, say, and each process shows all of it. Such totals are not added up, the highest
   counts; so they are exact also when a process is killed before it could send its last numbers.
+- Whose labels hold a page of text has made a mistake; it is not carried to every scrape.
 - A value that is no total (a quantile, a NaN in a counter) is never added to one: it would stay for ever.
 
 A program that says the same again sends the numbers alone: :class:`Form` is what it had said of them.
@@ -51,9 +52,14 @@ _LABEL = re.compile(r"(?!__)[a-zA-Z_][a-zA-Z0-9_]*")
 _BOUND = "le"
 _NO_DOCUMENTATION = "The program says nothing about it."
 _PARTS_OF_A_SAMPLE = 3
+_DOCUMENTATION_CHARACTERS = 1_000
+_LABELS_CHARACTERS = 2_000
 _NUMBERS = frozenset({int, float, bool})
 _TEXTS_KEPT = 65_536
 """Label sets whose judgement and text are kept: more than any exposition has."""
+
+_FIGURES = {"nan": "NaN", "inf": "+Inf", "-inf": "-Inf"}
+"""What Prometheus calls what Python calls otherwise."""
 
 _SHOWN: Mapping[str, tuple[str, str]] = {
     "counter": ("_total", "counter"),
@@ -213,7 +219,7 @@ def parse_whole(report: object) -> tuple[Form, Family]:
             raise FamilyError(f"{name} has a sample called {one[0]!r}")
         series.append(one if one[0] in names else None)
         numbers.append(number)
-    documentation = _text(report.get("documentation")) or _NO_DOCUMENTATION
+    documentation = _text(report.get("documentation"))[:_DOCUMENTATION_CHARACTERS] or _NO_DOCUMENTATION
     form = Form(Family(name, documentation, kind, {}, _since(report.get("since"))), tuple(series))
     return form, form.filled(numbers)
 
@@ -224,15 +230,20 @@ def lines(family: Family, values: Values) -> Iterator[str]:
     documentation = family.documentation.replace("\\", r"\\").replace("\n", r"\n")
     yield f"# HELP {family.name}{suffix} {documentation}\n# TYPE {family.name}{suffix} {kind}\n"
     for (name, labels), value in values.items():
-        yield f"{name}{_written(labels)} {_figure(value)}\n"
+        figure = repr(value)
+        yield f"{name}{_written(labels)} {_FIGURES.get(figure, figure)}\n"
 
 
 def added(first: Values, second: Values) -> Values:
     """Return the sum of two sets of totals."""
     if not first or not second:
         return first or second
-    first, second = _with_bounds_of(second, first), _with_bounds_of(first, second)
-    return {series: first.get(series, 0.0) + second.get(series, 0.0) for series in {**first, **second}}
+    if first.keys() != second.keys():
+        first, second = _with_bounds_of(second, first), _with_bounds_of(first, second)
+    sums = dict(first)
+    for series, value in second.items():
+        sums[series] = sums.get(series, 0.0) + value
+    return sums
 
 
 def total_values(families: Iterable[Family]) -> Values:
@@ -297,6 +308,8 @@ def _sample(sample: object) -> tuple[Series, object]:
 def _judged(bucket: bool, pairs: tuple[tuple[object, object], ...]) -> Labels:
     """Return labels in the one order and spelling that they have everywhere."""
     labels = tuple(sorted((_label(label), _text(text)) for label, text in pairs))
+    if sum(len(label) + len(text) for label, text in labels) > _LABELS_CHARACTERS:
+        raise FamilyError(f"labels are together longer than {_LABELS_CHARACTERS} characters")
     if not bucket:
         return labels
     bound = _figure(_bound(labels))
@@ -315,9 +328,8 @@ def _written(labels: Labels) -> str:
 
 def _figure(value: float) -> str:
     """Return a number as Prometheus reads it."""
-    if math.isfinite(value):
-        return repr(value)
-    return "NaN" if math.isnan(value) else "+Inf" if value > 0 else "-Inf"
+    figure = repr(value)
+    return _FIGURES.get(figure, figure)
 
 
 def _whole(name: str, values: Mapping[Series, float]) -> Values:

@@ -6,9 +6,10 @@ that have not changed the numbers alone; for each counter and histogram series t
 the sum of what ended generations had last sent, and exports base plus the present values. Families that
 cannot be shown are counted, not hidden.
 
-A gauge says how things are *now*, so it comes from the generation that serves, and is gone with it. One that
-takes over from another shows the other's gauges until it has its own, for :data:`HANDOVER_SECONDS` at most: a
-gap of a second would end an alert that waits for its time.
+A gauge says how things are *now*, so it comes from the generation that serves, and is gone with it, or when
+that has said nothing for :data:`GAUGE_SECONDS`: its collectors hang. One that takes over from another shows
+the other's gauges until it has its own, for as long at most: a gap of a second would end an alert that waits
+for its time.
 
 A family that the serving code no longer has is shown for :data:`VANISH_SECONDS` after its last report, so
 that who looks five minutes back still finds it, and goes on from where it was if a rollback brings it back.
@@ -86,8 +87,8 @@ _Value = TypeVar("_Value")
 VANISH_SECONDS = 300.0
 """For how long a family is shown that the code no longer has: the range of our alerts."""
 
-HANDOVER_SECONDS = 10.0
-"""For how long the gauges of the generation before stand in for those that a new one does not show yet."""
+GAUGE_SECONDS = 10.0
+"""For how long what a gauge said is taken for what is so now."""
 
 KEPT_LIMIT = 50_000
 """How many series of counters and histograms are remembered of all generations together."""
@@ -328,6 +329,7 @@ class Known:
         earlier_live: the generation that served before, if it was still there when the present one took over.
         earlier: its last report.
         live_at: monotonic time at which the present one took over.
+        heard_at: number of a generation to the monotonic time of its last report.
     """
 
     bases: Values = field(default_factory=dict)
@@ -342,6 +344,7 @@ class Known:
     earlier_live: int | None = None
     earlier: tuple[Family, ...] = ()
     live_at: float = 0.0
+    heard_at: Mapping[int, float] = field(default_factory=dict)
 
 
 class ChildMetrics:
@@ -358,7 +361,7 @@ class ChildMetrics:
         self._known = known or Known()
         self._forms: dict[int, Mapping[str, Form | None]] = {}
         """Of each process's last report. Another image asks for them."""
-        self._written: tuple[Known, tuple[frozenset[str], bool], bytes] | None = None
+        self._written: tuple[Known, frozenset[str], _Believed, bytes] | None = None
 
     @property
     def known(self) -> Known:
@@ -403,6 +406,7 @@ class ChildMetrics:
             seen=seen,
             lasting=lasting,
             earlier=accepted if generation == known.earlier_live else known.earlier,
+            heard_at={**known.heard_at, generation: now},
         )
         return True
 
@@ -426,23 +430,25 @@ class ChildMetrics:
             bases=added(known.bases, known.totals.get(generation, Totals()).values),
             totals=_without(generation, known.totals),
             families=_without(generation, known.families),
+            heard_at=_without(generation, known.heard_at),
             ended=known.ended | {generation},
         )
 
     def exposition(self) -> bytes:
         """Return all families in the text format, written anew only after something has changed."""
         known, now = self._known, time.monotonic()
-        hidden = _gone(known, now), _is_settled(known, now)
+        gone, believed = _gone(known, now), _believed(known, now)
         written = self._written
-        if written is None or written[0] is not known or written[1] != hidden:
-            text = "".join(line for family in _shown(known, *hidden) for line in lines(family, family.values))
-            written = self._written = known, hidden, text.encode()
-        return written[2]
+        if written is None or written[0] is not known or written[1:3] != (gone, believed):
+            shown = _shown(known, gone, believed)
+            text = "".join(line for family in shown for line in lines(family, family.values))
+            written = self._written = known, gone, believed, text.encode()
+        return written[3]
 
     def family(self, name: str) -> Family | None:
         """Return one family as it is shown, by its own name or by that of its samples."""
         known, now = self._known, time.monotonic()
-        shown = _shown(known, _gone(known, now), _is_settled(known, now), name)
+        shown = _shown(known, _gone(known, now), _believed(known, now), name)
         return next((family for family in shown if name in family.names), None)
 
 
@@ -514,17 +520,29 @@ def _gone(known: Known, now: float) -> frozenset[str]:
     )
 
 
-def _is_settled(known: Known, now: float) -> bool:
-    """Whether the generation that serves has had the time to say what it has."""
-    return now - known.live_at > HANDOVER_SECONDS
+@dataclass(frozen=True, slots=True)
+class _Believed:
+    """Whose gauges are: those of the generation that serves, and of the one that served before it."""
+
+    live: bool
+    earlier: bool
 
 
-def _shown(known: Known, gone: frozenset[str], is_settled: bool, only: str | None = None) -> Iterator[Family]:
+def _believed(known: Known, now: float) -> _Believed:
+    heard_at = known.heard_at.get(known.live or 0, known.live_at)
+    serves = known.live not in known.ended
+    return _Believed(now - heard_at <= GAUGE_SECONDS, serves and now - known.live_at <= GAUGE_SECONDS)
+
+
+def _shown(
+    known: Known, gone: frozenset[str], believed: _Believed, only: str | None = None
+) -> Iterator[Family]:
     """Yield what is shown, totals summed over generations; all families, or those that have a name."""
     rejected: Values = {(_REJECTED.name, ()): float(known.rejected)}
     yield replace(_REJECTED, values=rejected)
-    before = () if is_settled or known.live in known.ended else known.earlier
-    now = {family.name: family for family in (*before, *known.families.get(known.live or 0, ()))}
+    before = known.earlier if believed.earlier else ()
+    current = known.families.get(known.live or 0, ()) if believed.live else ()
+    now = {family.name: family for family in (*before, *current)}
     candidates = [entry for name, entry in known.newest.items() if name not in gone]
     families = [family for family in _compatible(candidates) if only is None or only in family.names]
     if only is not None:

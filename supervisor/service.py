@@ -81,6 +81,8 @@ _SCANS_SHARE = 300
 _GIT_LOOK_SECONDS = 2.0
 _OVERSLEPT_SECONDS = 1.0
 _CLOSE_SECONDS = 2.0
+_FIRST_METRICS_SECONDS = 0.1
+"""After which a generation that went live is asked for its metrics: first it shall do what it is here for."""
 _EXTENSION_SECONDS = 10.0
 """What the service manager is asked for with each look, while a start, a reload or a stop goes on."""
 _SWITCH_SECONDS = 0.0005
@@ -777,7 +779,7 @@ class Service:
         self._child_metrics.go_live(live.number)
         self._verify_at = now + self._settings.verify_interval_seconds
         self._ask_for_modules()
-        self._fleet.ask_for_metrics(live.number)
+        self.later(_FIRST_METRICS_SECONDS, lambda: self._fleet.ask_for_metrics(live.number))
         self._notifier.ready()
         self._live_is_new = True
 

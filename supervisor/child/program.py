@@ -58,6 +58,9 @@ _CLOSE_ON_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)  # macOS has none.
 _GIVE_WAY_SECONDS = 0.005
 _METRICS_INTERVAL_SECONDS = 0.5
 """What is shown is never older than a second, and collecting it and its way there take the other half."""
+_METRICS_SHARE = 5
+"""A report is followed by the next one after this many times its processor time at least: what explodes
+shall not take the application's."""
 _LAST_METRICS_SECONDS = 1.0
 """For how long the end of a program waits for a report that is being made."""
 
@@ -166,7 +169,10 @@ class _Channel:
                 pending = []
             if time.monotonic() >= next_metrics:
                 next_metrics = time.monotonic() + _METRICS_INTERVAL_SECONDS
+                spent_before = time.thread_time()
                 self.send_metrics()
+                spent = time.thread_time() - spent_before
+                next_metrics += max(0.0, _METRICS_SHARE * spent - _METRICS_INTERVAL_SECONDS)
 
     def _answer(
         self, frame: frames.Frame, pins: pinned.Pins, live: functions.Functions, progress: attest.Progress

@@ -28,7 +28,7 @@ from supervisor import families
 from supervisor.child.metrics import Reports
 from supervisor.families import FamilyError, Series, Totals, added, parse
 from supervisor.metrics import (
-    HANDOVER_SECONDS,
+    GAUGE_SECONDS,
     RESTART_CAUSES,
     TRIGGERS,
     VANISH_SECONDS,
@@ -384,6 +384,15 @@ def test_same_series_twice_is_one(metrics: ChildMetrics) -> None:
     assert without_own(metrics) == {"a_total{x=1}": 3}
 
 
+def test_page_of_text_is_not_carried_to_every_scrape(metrics: ChildMetrics) -> None:
+    metrics.go_live(1)
+    long = gauge("documented", 1) | {"documentation": "d" * 100_000}
+    metrics.update(1, [long, gauge("labelled", 1, query="q" * 3000), gauge("short", 1, query="q")])
+    expected = {"documented": 1, "short{query=q}": 1, "wa_supervisor_child_families_rejected": 1}
+    assert shown(metrics) == expected
+    assert len(metrics.exposition()) < 2000
+
+
 def test_families_that_share_a_name_of_a_series_are_not_shown_together(metrics: ChildMetrics) -> None:
     metrics.go_live(1)
     metrics.update(1, [counter("a", 1), gauge("a_total", 2), gauge("b_count", 3), histogram("b", le_1=1)])
@@ -567,10 +576,9 @@ def test_gauges_of_the_generation_before_stand_in_until_the_new_one_has_its_own(
     assert without_own(metrics) == {"standing": 3, "pending": 9, "gone": 1}
     metrics.update(2, [gauge("pending", 9), gauge("standing", 0)])
     assert without_own(metrics) == {"standing": 0, "pending": 9, "gone": 1}
-    clock.now += HANDOVER_SECONDS + 1
-    assert without_own(metrics) == {"standing": 0, "pending": 9}, (
-        "what new code does not have, it does not have"
-    )
+    clock.now += GAUGE_SECONDS + 1
+    metrics.update(2, [gauge("pending", 9), gauge("standing", 0)])
+    assert without_own(metrics) == {"standing": 0, "pending": 9}, "what new code does not have is gone"
 
 
 def test_gauges_of_a_generation_that_is_gone_are_gone_with_it(metrics: ChildMetrics) -> None:
@@ -582,6 +590,18 @@ def test_gauges_of_a_generation_that_is_gone_are_gone_with_it(metrics: ChildMetr
     assert without_own(metrics) == {}, "nobody serves"
     metrics.go_live(3)
     assert without_own(metrics) == {}, "the one before was gone when it took over"
+
+
+def test_gauges_of_a_child_that_says_nothing_are_not_what_is_now(metrics: ChildMetrics, clock: Clock) -> None:
+    metrics.update(1, [gauge("standing", 0), counter("jobs", 1)])
+    metrics.go_live(1)
+    clock.now += GAUGE_SECONDS
+    assert without_own(metrics) == {"standing": 0, "jobs_total": 1}
+    clock.now += 1
+    assert without_own(metrics) == {"jobs_total": 1}, "also when nothing has changed since"
+    assert metrics.family("standing") is None
+    metrics.update(1, [gauge("standing", 2), counter("jobs", 1)])
+    assert without_own(metrics) == {"standing": 2, "jobs_total": 1}
 
 
 def test_one_family_is_found_by_its_name_and_by_that_of_its_samples(metrics: ChildMetrics) -> None:
