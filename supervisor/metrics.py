@@ -1,7 +1,7 @@
 """Metrics: what Prometheus sees, the supervisor's own series and those of the child, on one endpoint.
 
 The rule for the child's series: **a total never goes down because a child was replaced or killed**, and
-nothing a child sends can spoil the exposition. A child sends its registry twice a second, and of families
+nothing a child sends can spoil the exposition. A child sends its registry every 0.4 seconds, and of families
 that have not changed the numbers alone; for each counter and histogram series the supervisor keeps a base,
 the sum of what ended generations had last sent, and exports base plus the present values. Families that
 cannot be shown are counted, not hidden.
@@ -413,12 +413,11 @@ class ChildMetrics:
     def go_live(self, generation: int) -> None:
         """Take the gauges from this generation from now on."""
         known = self._known
+        earlier: tuple[Family, ...] = ()
+        if known.live not in known.ended:  # One that was too short to say anything has nothing to leave.
+            earlier = known.families.get(known.live or 0, known.earlier)
         self._known = replace(
-            known,
-            live=generation,
-            earlier_live=known.live,
-            earlier=known.families.get(known.live or 0, ()),
-            live_at=time.monotonic(),
+            known, live=generation, earlier_live=known.live, earlier=earlier, live_at=time.monotonic()
         )
 
     def end(self, generation: int) -> None:

@@ -56,8 +56,8 @@ _STDERR = 2
 _ORPHAN_GRACE_SECONDS = 3.0
 _CLOSE_ON_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)  # macOS has none.
 _GIVE_WAY_SECONDS = 0.005
-_METRICS_INTERVAL_SECONDS = 0.5
-"""What is shown is never older than a second, and collecting it and its way there take the other half."""
+_METRICS_INTERVAL_SECONDS = 0.4
+"""What is shown is never older than a second, and collecting it and its way there take the rest."""
 _METRICS_SHARE = 5
 """A report is followed by the next one after this many times its processor time at least: what explodes
 shall not take the application's."""

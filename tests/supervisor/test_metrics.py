@@ -581,6 +581,16 @@ def test_gauges_of_the_generation_before_stand_in_until_the_new_one_has_its_own(
     assert without_own(metrics) == {"standing": 0, "pending": 9}, "what new code does not have is gone"
 
 
+def test_generation_that_is_replaced_before_its_first_report_leaves_no_gap(metrics: ChildMetrics) -> None:
+    metrics.update(1, [gauge("standing", 2)])
+    for number in (1, 2, 3):
+        metrics.go_live(number)
+        assert without_own(metrics) == {"standing": 2}
+    metrics.end(1)
+    metrics.end(2)
+    assert without_own(metrics) == {"standing": 2}
+
+
 def test_gauges_of_a_generation_that_is_gone_are_gone_with_it(metrics: ChildMetrics) -> None:
     metrics.update(1, [gauge("standing", 2)])
     metrics.go_live(1)
