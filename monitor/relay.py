@@ -385,6 +385,8 @@ class _Writer:
         """What the bridge's map was when it was last learnt; `_known` holds what it was before as well."""
         self._known = Known()
         self._newest = datetime.min.replace(tzinfo=UTC)
+        self._known_rowid = 0
+        """Up to here messages were dealt with before: that they are read again says nothing of a lag."""
         self._alarm = _Due(_ALARM_SECONDS)
         self._renewal = _Due(settings.lease_seconds / _RENEWALS_PER_LEASE)
         self._count = _Due(settings.scan_interval_seconds)
@@ -401,6 +403,7 @@ class _Writer:
     def look_back(self) -> None:
         """Read the last rows before the cursor once more: the overlap that makes a takeover safe."""
         if self._place.rowid:
+            self._known_rowid = self._place.rowid
             page = self._bridge.read_after(self._place, 1)
             self._note_replacement(page)
             overlap = max(0, self._place.rowid - LOOK_BACK_ROWS)
@@ -442,7 +445,12 @@ class _Writer:
         self._store.release()
 
     def _note_replacement(self, page: Page) -> None:
-        """After a first start with `--since now` what a new file holds counts as having been there before."""
+        """Note that rows have other numbers now.
+
+        After a first start with `--since now` what a new file holds counts as having been there before.
+        """
+        if page.rescan_from is not None:
+            self._known_rowid = min(self._known_rowid, page.rescan_from)
         if self._beginning.since_rowid is not None and page.rescan_from == 0:
             self._beginning = replace(self._beginning, since_rowid=self._bridge.end().rowid)
 
@@ -532,11 +540,13 @@ class _Writer:
 
     def _report_times(self, rows: Sequence[Message | Unreadable]) -> None:
         """Show how far behind the batch was and when the newest message was sent."""
-        sent = [row.sent_at for row in rows if isinstance(row, Message)]
-        if sent:
-            self._newest = max(self._newest, *sent)
-            lag_seconds = time.time() - max(sent).timestamp()
-            self._metrics.update(lag_seconds=max(0.0, lag_seconds), last_message_at=self._newest)
+        messages = [row for row in rows if isinstance(row, Message)]
+        if messages:
+            self._newest = max(self._newest, *(message.sent_at for message in messages))
+            self._metrics.update(last_message_at=self._newest)
+        new = [message.sent_at for message in messages if message.rowid > self._known_rowid]
+        if new:
+            self._metrics.update(lag_seconds=max(0.0, time.time() - max(new).timestamp()))
 
     def _look_after(self) -> None:
         """Renew the lease and count the LIDs that stand in the table, each when it is due."""
