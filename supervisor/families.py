@@ -18,8 +18,8 @@ can be put into an exposition without a second look. The rules:
 
 A program that says the same again sends the numbers alone: :class:`Form` is what it had said of them.
 
-What a family looks like in an exposition is written here as well (:func:`lines`), with the texts of label
-sets kept from one exposition to the next.
+What a family looks like in an exposition is written here as well (:class:`Writer`), with what stands before
+the numbers kept from one exposition to the next.
 
 Rejected: ``prometheus_client.generate_latest`` for the series of children: it judges each name and escapes
 each label anew, which with 10,000 series holds the interpreter four times as long.
@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -224,14 +224,28 @@ def parse_whole(report: object) -> tuple[Form, Family]:
     return form, form.filled(numbers)
 
 
-def lines(family: Family, values: Values) -> Iterator[str]:
-    """Yield a family in the text format of Prometheus, with these values."""
-    suffix, kind = _SHOWN.get(family.kind, ("", family.kind))
-    documentation = family.documentation.replace("\\", r"\\").replace("\n", r"\n")
-    yield f"# HELP {family.name}{suffix} {documentation}\n# TYPE {family.name}{suffix} {kind}\n"
-    for (name, labels), value in values.items():
-        figure = repr(value)
-        yield f"{name}{_written(labels)} {_FIGURES.get(figure, figure)}\n"
+class Writer:
+    """Writes families in the text format; keeps what stands before the numbers for the next time."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[list[Series], list[str]]] = {}
+
+    def text(self, families: Iterable[Family]) -> str:
+        """Return families in the text format."""
+        kept, self._kept = self._kept, {}
+        parts = []
+        for family in families:
+            suffix, kind = _SHOWN.get(family.kind, ("", family.kind))
+            documentation = family.documentation.replace("\\", r"\\").replace("\n", r"\n")
+            name = f"{family.name}{suffix}"
+            parts.append(f"# HELP {name} {documentation}\n# TYPE {name} {kind}\n")
+            series, before = list(family.values), kept.get(family.name)
+            if before is None or before[0] != series:
+                before = series, [f"{name}{_written(labels)} " for name, labels in series]
+            self._kept[family.name] = before
+            figures = (_FIGURES.get(figure, figure) for figure in map(repr, family.values.values()))
+            parts += [f"{start}{figure}\n" for start, figure in zip(before[1], figures, strict=True)]
+        return "".join(parts)
 
 
 def added(first: Values, second: Values) -> Values:
@@ -316,7 +330,6 @@ def _judged(bucket: bool, pairs: tuple[tuple[object, object], ...]) -> Labels:
     return tuple((label, bound if label == _BOUND else text) for label, text in labels)
 
 
-@lru_cache(_TEXTS_KEPT)
 def _written(labels: Labels) -> str:
     if not labels:
         return ""

@@ -26,6 +26,7 @@ restart).
 
 from __future__ import annotations
 
+import collections
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -57,8 +58,8 @@ from supervisor.families import (
     Series,
     Totals,
     Values,
+    Writer,
     added,
-    lines,
     parse_whole,
     total_values,
 )
@@ -361,6 +362,7 @@ class ChildMetrics:
         self._known = known or Known()
         self._forms: dict[int, Mapping[str, Form | None]] = {}
         """Of each process's last report. Another image asks for them."""
+        self._writer = Writer()
         self._written: tuple[Known, frozenset[str], _Believed, bytes] | None = None
 
     @property
@@ -439,8 +441,7 @@ class ChildMetrics:
         gone, believed = _gone(known, now), _believed(known, now)
         written = self._written
         if written is None or written[0] is not known or written[1:3] != (gone, believed):
-            shown = _shown(known, gone, believed)
-            text = "".join(line for family in shown for line in lines(family, family.values))
+            text = self._writer.text(_shown(known, gone, believed))
             written = self._written = known, gone, believed, text.encode()
         return written[3]
 
@@ -602,9 +603,9 @@ def _compatible(families: Iterable[tuple[int, Family]]) -> Iterator[Family]:
 
 
 def _by_name(values: Values) -> Mapping[str, Mapping[Series, float]]:
-    grouped: dict[str, dict[Series, float]] = {}
+    grouped: collections.defaultdict[str, dict[Series, float]] = collections.defaultdict(dict)
     for series, value in values.items():
-        grouped.setdefault(series[0], {})[series] = value
+        grouped[series[0]][series] = value
     return grouped
 
 
