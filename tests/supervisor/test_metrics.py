@@ -1047,6 +1047,9 @@ def test_no_total_falls_over_reloads_kills_and_a_rollback(
         if number <= kills:  # The next save starts a process at once, however long the backoff is by now.
             started.live().kill()
             until(lambda: started.status()["live"] is None)
+    until(lambda: started.status()["live"]["tree"] in started.status()["known_good"])
+    write_version(tree, reloads + 1)
+    started.expect(f"^serving {reloads + 1}$")
     until(lambda: len(started.status()["known_good"]) > 1)
     assert started.command("rollback").returncode == 0
     before = watching.scrape()["jobs_total"]
