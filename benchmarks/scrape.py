@@ -4,7 +4,10 @@ An application exports 1,000 or 10,000 counters and the time at which it was ask
 when it serves. Measured are the time of a scrape while nothing happens and while reloads run, how old what it
 shows is, and the time from a save to the first line of the new code, in turn with nobody scraping and with a
 scraper that asks again a moment after it was answered, so that each reload meets a scrape (Prometheus asks
-every 15 seconds). Prints a Markdown table and writes it to ``benchmarks/results/scrape.md``.
+every 15 seconds). Pauses differ, so that reloads meet the child's reports at every point of their interval.
+Prints a Markdown table and writes it to ``benchmarks/results/scrape.md``.
+
+usage: scrape.py [SERIES [SCRAPES ROUNDS]]    with any, only tries it: nothing is written.
 """
 
 from __future__ import annotations
@@ -60,6 +63,8 @@ class Scraper:
     times_ms: list[float] = field(default_factory=list)
     ages_seconds: list[float] = field(default_factory=list)
     size_bytes: int = 0
+    ageless: int = 0
+    """Bodies in which nothing of the child says how old it is."""
 
     def scrape(self, connection: http.client.HTTPConnection) -> None:
         began = time.perf_counter()
@@ -70,6 +75,8 @@ class Scraper:
         _, found, rest = body.partition(b"\nasked_at_seconds ")
         if found:
             self.ages_seconds.append(time.time() - float(rest.split(b"\n", 1)[0]))
+        else:
+            self.ageless += 1
 
     @contextlib.contextmanager
     def scraping(self, pause_seconds: float) -> Iterator[None]:
@@ -107,10 +114,10 @@ class Measured:
 
     @property
     def age_seconds(self) -> float:
-        return max(self.idle.ages_seconds)
+        return max(self.idle.ages_seconds + self.reloading.ages_seconds)
 
 
-def measure(folder: Path, series: int) -> Measured:
+def measure(folder: Path, series: int, scrapes: int, rounds: int) -> Measured:
     """Run one supervisor with a child of so many series."""
     tree = folder / "tree"
     tree.mkdir(parents=True)
@@ -135,19 +142,19 @@ def measure(folder: Path, series: int) -> Measured:
                 is_live = is_live or ": live" in line
                 if line == f"serving {number}\n":
                     took = (time.perf_counter() - began) * 1000
-            time.sleep(0.7)  # The old one is gone, the zygote waits, and nothing is due.
+            time.sleep(0.7 + number % 7 * 0.13)  # The old one is gone and the zygote waits.
             return took
 
         next(line for line in lines if line.startswith("serving 0"))
         time.sleep(3)
         idle, reloading = Scraper(address), Scraper(address)
         connection = http.client.HTTPConnection(address)
-        for _ in range(SCRAPES):
+        for _ in range(scrapes):
             idle.scrape(connection)
             time.sleep(0.02)
         connection.close()
         alone, scraped = [], []
-        for number in range(1, 2 * ROUNDS + 1, 2):
+        for number in range(1, 2 * rounds + 1, 2):
             alone.append(saved(number))
             with reloading.scraping(PAUSE_SECONDS):
                 scraped.append(saved(number + 1))
@@ -161,16 +168,16 @@ def _row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def report(found: list[Measured]) -> str:
+def report(found: list[Measured], scrapes: int, rounds: int) -> str:
     """Return the tables."""
     heads = ("series of the child", "body, KiB", "scrape, median ms", "p99 ms")
-    while_reloading = ("while reloads run: median ms", "p99 ms", "oldest, s")
-    rows = [_row(*heads, *while_reloading), "|---|---|---|---|---|---|---|"]
+    while_reloading = ("while reloads run: median ms", "p99 ms", "oldest of all, s", "without a time")
+    rows = [_row(*heads, *while_reloading), "|---|---|---|---|---|---|---|---|"]
     rows += [
         f"| {one.series:,} | {one.idle.size_bytes / 1024:.0f} "
         f"| {statistics.median(one.idle.times_ms):.1f} | {p99(one.idle.times_ms):.1f} "
         f"| {statistics.median(one.reloading.times_ms):.1f} | {p99(one.reloading.times_ms):.1f} "
-        f"| {one.age_seconds:.2f} |"
+        f"| {one.age_seconds:.2f} | {one.idle.ageless + one.reloading.ageless} |"
         for one in found
     ]
     heads = ("series of the child", "save to new code, nobody scrapes: median ms", "p95 ms")
@@ -194,7 +201,7 @@ def report(found: list[Measured]) -> str:
     for what, value, target in targets:
         met = "met" if value <= target else "MISSED"
         rows.append(f"- {what}: {value:.2f}, the target is {target} at most, {met}.")
-    head = f"# Scrapes: {SCRAPES} at rest, then {ROUNDS} saves with and {ROUNDS} without a scraper, in turn"
+    head = f"# Scrapes: {scrapes} at rest, then {rounds} saves with and {rounds} without a scraper, in turn"
     machine = (
         f"Python {sys.version.split()[0]}, {os.cpu_count()} cores. Load before: {os.getloadavg()[0]:.1f}."
     )
@@ -203,12 +210,15 @@ def report(found: list[Measured]) -> str:
 
 def main() -> None:
     """Measure all sizes and write the tables."""
+    tried = [int(argument) for argument in sys.argv[1:]]
+    scrapes, rounds = tried[1:] or (SCRAPES, ROUNDS)
     found = []
-    for series in SIZES:
+    for series in tried[:1] or SIZES:
         with tempfile.TemporaryDirectory(prefix="wa-bench-") as folder:
-            found.append(measure(Path(folder), series))
-    text = report(found)
-    RESULT.write_text(text, encoding="utf-8")
+            found.append(measure(Path(folder), series, scrapes, rounds))
+    text = report(found, scrapes, rounds)
+    if not tried:
+        RESULT.write_text(text, encoding="utf-8")
     print(text)
 
 

@@ -4,11 +4,13 @@ The rule: what counts rows comes from the database, not from this process. `wa_m
 `wa_monitor_messages_total` and `wa_monitor_lid_resolved_total` are the totals that the cursor row holds,
 committed together with the rows they count. They are shown as they are, by each process all of them, and
 say by their `_created` that they began with the cursor: whoever adds up processes knows by that what is no
-process's own. So they are exact also after a SIGKILL. Before the cursor was read there is nothing to show: a
-zero would be taken for a reset, and the total after it for news.
+process's own. So they are exact also after a SIGKILL. `wa_monitor_lid_repaired_total` is one of them: the
+repairs that the database knows of. Before the cursor was read there is nothing to show: a zero would be taken
+for a reset, and the total after it for news. The same holds for what is counted in the table: a zero that
+nobody has counted would end the alarm about LIDs that stand, so a process that does not count shows none.
 
-The label sets of all enabled projects exist from 0 at the start: `increase()` does not see a series that is
-born at 1, and the first LID ever must be seen.
+The label sets of all enabled projects exist from 0 as soon as they are known: `increase()` does not see a
+series that is born at 1, and the first LID ever must be seen.
 
 Rejected: `Counter` objects and multiprocess mode, which leaves a file for every pid. A collector of plain
 values is also indifferent to `PROMETHEUS_MULTIPROC_DIR`. Phones, LIDs and texts of people are never labels.
@@ -40,6 +42,19 @@ _ERROR_LABELS = error_labels(BridgeError, StoreError)
 
 
 @dataclass(frozen=True, slots=True)
+class Counts:
+    """What one look at the table and at the bridge has found."""
+
+    lid_rows: Mapping[str, int] = field(default_factory=dict)
+    foreign_rows: Mapping[str, int] = field(default_factory=dict)
+    pending: int = 0
+    repaired: int = 0
+    backlog: int = 0
+    usual_messages: float = 0.0
+    """Of the present hour of the week, on average."""
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """Everything that is shown, at one moment."""
 
@@ -48,16 +63,11 @@ class Snapshot:
     totals: Totals = field(default_factory=Totals)
     began: datetime | None = None
     """When the totals began; None until they are known."""
-    lid_rows: Mapping[str, int] = field(default_factory=dict)
-    pending: int = 0
-    repaired: int = 0
+    counts: Counts | None = None
+    """None while this process does not count."""
     lag_seconds: float = 0.0
     last_message_at: datetime | None = None
     errors: Mapping[str, int] = field(default_factory=dict)
-    foreign_rows: Mapping[str, int] = field(default_factory=dict)
-    backlog: int = 0
-    usual_messages: float = 0.0
-    """Of the present hour of the week, on average."""
     broken: Component | None = None
     projects_refused: bool = False
     batches: tuple[int, ...] = (0,) * (len(BATCH_SECONDS) + 1)
@@ -96,32 +106,16 @@ class MonitorMetrics(Collector):
         """Yield all families."""
         with self._lock:
             now = self._snapshot
-        if now.began is not None:
-            yield from _totals(now.projects, now.totals, now.began.timestamp() - _CLOCKS_DIFFER_SECONDS)
-        yield _counter("wa_monitor_lid_repaired", "Rows in which a repair replaced a LID", now.repaired)
+        created = None if now.began is None else now.began.timestamp() - _CLOCKS_DIFFER_SECONDS
+        if created is not None:
+            yield from _totals(now.projects, now.totals, created)
+        if now.counts is not None:
+            yield from _counts(now.projects, now.counts, created)
         yield _by_label(
             "wa_monitor_store_errors",
             "Failures of reading the bridge or of writing to PostgreSQL",
             "error",
             {**dict.fromkeys(_ERROR_LABELS, 0), **now.errors},
-        )
-        yield _rows(
-            "wa_monitor_lid_rows",
-            "Rows of the table that hold a LID where a phone belongs",
-            now.projects,
-            now.lid_rows,
-        )
-        yield _rows(
-            "wa_monitor_foreign_rows",
-            "Rows of the table that another writer put there",
-            now.projects,
-            now.foreign_rows,
-        )
-        yield _gauge("wa_monitor_backlog_rows", "Rows of the bridge that were not read yet", now.backlog)
-        yield _gauge(
-            "wa_monitor_bridge_usual_messages",
-            "Messages that the present hour of the week had on average in the last four weeks",
-            now.usual_messages,
         )
         yield _broken(now.broken)
         yield _gauge(
@@ -136,9 +130,6 @@ class MonitorMetrics(Collector):
                 zip((*map(str, BATCH_SECONDS), "+Inf"), itertools.accumulate(now.batches), strict=True)
             ),
             sum_value=now.batches_seconds,
-        )
-        yield _gauge(
-            "wa_monitor_lid_pending", "Drops that wait for the map to learn their sender", now.pending
         )
         yield _gauge(
             "wa_monitor_message_lag_seconds",
@@ -182,6 +173,34 @@ def _totals(projects: tuple[str, ...], totals: Totals, created: float) -> Iterat
         "Pending senders that got their phone from the map",
         totals.resolved,
         created,
+    )
+
+
+def _counts(projects: tuple[str, ...], counts: Counts, created: float | None) -> Iterator[Metric]:
+    """Show what the last look has found."""
+    yield _counter(
+        "wa_monitor_lid_repaired", "Rows in which a repair replaced a LID", counts.repaired, created
+    )
+    yield _rows(
+        "wa_monitor_lid_rows",
+        "Rows of the table that hold a LID where a phone belongs",
+        projects,
+        counts.lid_rows,
+    )
+    yield _rows(
+        "wa_monitor_foreign_rows",
+        "Rows of the table that another writer put there",
+        projects,
+        counts.foreign_rows,
+    )
+    yield _gauge(
+        "wa_monitor_lid_pending", "Drops that wait for the map to learn their sender", counts.pending
+    )
+    yield _gauge("wa_monitor_backlog_rows", "Rows of the bridge that were not read yet", counts.backlog)
+    yield _gauge(
+        "wa_monitor_bridge_usual_messages",
+        "Messages that the present hour of the week had on average in the last four weeks",
+        counts.usual_messages,
     )
 
 

@@ -45,7 +45,7 @@ from monitor.identity import Known, Phone
 from monitor.ledger import Beginning
 from monitor.logs import log, together
 from monitor.messages import Message, Place, Unreadable
-from monitor.metrics import MonitorMetrics
+from monitor.metrics import Counts, MonitorMetrics
 from monitor.notify import Notifier
 from monitor.projects import Projects, ProjectsFile
 from monitor.repair import repair_some
@@ -187,6 +187,7 @@ class Relay:
                 )
             elif self._settings.once:
                 raise StoreError(f"cursor {source!r} is held by {seen.owner}; stop that monitor first")
+            self._metrics.update(counts=None)  # Who writes counts.
             self._notifier.status(status)
             self._turn_completed()
             self._stop.wait(_LOOK_SECONDS)
@@ -384,10 +385,13 @@ class _Writer:
         """What the bridge's map was when it was last learnt; `_known` holds what it was before as well."""
         self._known = Known()
         self._newest = datetime.min.replace(tzinfo=UTC)
+        self._known_rowid = 0
+        """Up to here messages were dealt with before: that they are read again says nothing of a lag."""
         self._alarm = _Due(_ALARM_SECONDS)
         self._renewal = _Due(settings.lease_seconds / _RENEWALS_PER_LEASE)
         self._count = _Due(settings.scan_interval_seconds)
         self._usual = _Due(_USUAL_SECONDS)
+        self._usual_messages = 0.0
         self._repair = _Due(settings.auto_repair_seconds)
         self._standing = False
 
@@ -399,6 +403,7 @@ class _Writer:
     def look_back(self) -> None:
         """Read the last rows before the cursor once more: the overlap that makes a takeover safe."""
         if self._place.rowid:
+            self._known_rowid = self._place.rowid
             page = self._bridge.read_after(self._place, 1)
             self._note_replacement(page)
             overlap = max(0, self._place.rowid - LOOK_BACK_ROWS)
@@ -440,7 +445,12 @@ class _Writer:
         self._store.release()
 
     def _note_replacement(self, page: Page) -> None:
-        """After a first start with `--since now` what a new file holds counts as having been there before."""
+        """Note that rows have other numbers now.
+
+        After a first start with `--since now` what a new file holds counts as having been there before.
+        """
+        if page.rescan_from is not None:
+            self._known_rowid = min(self._known_rowid, page.rescan_from)
         if self._beginning.since_rowid is not None and page.rescan_from == 0:
             self._beginning = replace(self._beginning, since_rowid=self._bridge.end().rowid)
 
@@ -530,11 +540,13 @@ class _Writer:
 
     def _report_times(self, rows: Sequence[Message | Unreadable]) -> None:
         """Show how far behind the batch was and when the newest message was sent."""
-        sent = [row.sent_at for row in rows if isinstance(row, Message)]
-        if sent:
-            self._newest = max(self._newest, *sent)
-            lag_seconds = time.time() - max(sent).timestamp()
-            self._metrics.update(lag_seconds=max(0.0, lag_seconds), last_message_at=self._newest)
+        messages = [row for row in rows if isinstance(row, Message)]
+        if messages:
+            self._newest = max(self._newest, *(message.sent_at for message in messages))
+            self._metrics.update(last_message_at=self._newest)
+        new = [message.sent_at for message in messages if message.rowid > self._known_rowid]
+        if new:
+            self._metrics.update(lag_seconds=max(0.0, time.time() - max(new).timestamp()))
 
     def _look_after(self) -> None:
         """Renew the lease and count the LIDs that stand in the table, each when it is due."""
@@ -549,16 +561,19 @@ class _Writer:
         began_seconds = time.monotonic()
         known = self._bridge.known()
         standing = census.lid_rows(self._database, known)
-        self._metrics.update(
-            lid_rows=standing,
-            foreign_rows=census.foreign_rows(self._database),
-            pending=census.pending_drops(self._database, self._settings.source),
-            repaired=census.repaired_rows(self._database),
-            backlog=max(0, self._bridge.end().rowid - self._place.rowid),
-        )
         if self._usual.now():
-            self._metrics.update(usual_messages=census.usual_messages(self._database, self._settings.source))
+            self._usual_messages = census.usual_messages(self._database, self._settings.source)
             self._usual.done()
+        self._metrics.update(
+            counts=Counts(
+                lid_rows=standing,
+                foreign_rows=census.foreign_rows(self._database),
+                pending=census.pending_drops(self._database, self._settings.source),
+                repaired=census.repaired_rows(self._database),
+                backlog=max(0, self._bridge.end().rowid - self._place.rowid),
+                usual_messages=self._usual_messages,
+            )
+        )
         self._repair_what_stands(known, standing=bool(standing))
         self._count.done(time.monotonic() - began_seconds)
 

@@ -13,10 +13,13 @@ can be put into an exposition without a second look. The rules:
 - **A counter that began before its process is not the process's.** Its ``_created`` says so (OpenMetrics):
   it is kept in a database, say, and each process shows all of it. Such totals are not added up, the highest
   counts; so they are exact also when a process is killed before it could send its last numbers.
+- Whose labels hold a page of text has made a mistake; it is not carried to every scrape.
 - A value that is no total (a quantile, a NaN in a counter) is never added to one: it would stay for ever.
 
-What a family looks like in an exposition is written here as well (:func:`lines`), with the texts of label
-sets kept from one exposition to the next.
+A program that says the same again sends the numbers alone: :class:`Form` is what it had said of them.
+
+What a family looks like in an exposition is written here as well (:class:`Writer`), with what stands before
+the numbers kept from one exposition to the next.
 
 Rejected: ``prometheus_client.generate_latest`` for the series of children: it judges each name and escapes
 each label anew, which with 10,000 series holds the interpreter four times as long.
@@ -28,8 +31,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 TOTAL_KINDS = frozenset({"counter", "histogram", "summary"})
@@ -49,9 +52,14 @@ _LABEL = re.compile(r"(?!__)[a-zA-Z_][a-zA-Z0-9_]*")
 _BOUND = "le"
 _NO_DOCUMENTATION = "The program says nothing about it."
 _PARTS_OF_A_SAMPLE = 3
+_DOCUMENTATION_CHARACTERS = 1_000
+_LABELS_CHARACTERS = 2_000
 _NUMBERS = frozenset({int, float, bool})
 _TEXTS_KEPT = 65_536
 """Label sets whose judgement and text are kept: more than any exposition has."""
+
+_FIGURES = {"nan": "NaN", "inf": "+Inf", "-inf": "-Inf"}
+"""What Prometheus calls what Python calls otherwise."""
 
 _SHOWN: Mapping[str, tuple[str, str]] = {
     "counter": ("_total", "counter"),
@@ -145,8 +153,50 @@ class Totals:
         return added(self.carried, self.last)
 
 
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A family without its values, which is all of it that seldom changes.
+
+    Attributes:
+        family: without values.
+        series: of each reported number in its order; None for one that is never shown.
+    """
+
+    family: Family
+    series: tuple[Series | None, ...]
+
+    def filled(self, numbers: object) -> Family:
+        """Return the family with these numbers.
+
+        Raises:
+            FamilyError: they are none, or too few, or no such family has them.
+        """
+        name, kind = self.family.name, self.family.kind
+        if type(numbers) is not list or len(numbers) != len(self.series) or not _are_numbers(numbers):
+            raise FamilyError(f"{name} has {len(self.series)} series and needs a number for each")
+        is_total, sums = kind in TOTAL_KINDS, f"{name}_sum"
+        try:
+            values = {
+                series: float(number)
+                for series, number in zip(self.series, numbers, strict=True)
+                if series is not None and (not is_total or _is_total(float(number), is_sum=series[0] == sums))
+            }
+        except OverflowError as error:
+            raise FamilyError(f"{name} has a value that is too large") from error
+        return replace(self.family, values=_whole(name, values) if kind == "histogram" else values)
+
+
 def parse(report: object) -> Family:
     """Return a family from a child's report.
+
+    Raises:
+        FamilyError: it is none.
+    """
+    return parse_whole(report)[1]
+
+
+def parse_whole(report: object) -> tuple[Form, Family]:
+    """Return a family from a child's report, and the form by which more numbers for it can be read.
 
     Raises:
         FamilyError: it is none.
@@ -161,35 +211,53 @@ def parse(report: object) -> Family:
         raise FamilyError(f"{name} has no list of samples")
     names = {name + suffix for suffix in _SUFFIXES[kind]}
     legal = {f"{name}_created", *([name] if kind == "summary" else [])}
-    is_total, sums = kind in TOTAL_KINDS, f"{name}_sum"
-    values: dict[Series, float] = {}
+    series: list[Series | None] = []
+    numbers = []
     for sample in samples:
-        series, value = _sample(sample)
-        if series[0] in names:
-            if _is_shown(value, is_total=is_total, is_sum=series[0] == sums):
-                values[series] = value
-        elif series[0] not in legal:
-            raise FamilyError(f"{name} has a sample called {series[0]!r}")
-    documentation = _text(report.get("documentation")) or _NO_DOCUMENTATION
-    whole = _whole(name, values) if kind == "histogram" else values
-    return Family(name, documentation, kind, whole, _since(report.get("since")))
+        one, number = _sample(sample)
+        if one[0] not in names and one[0] not in legal:
+            raise FamilyError(f"{name} has a sample called {one[0]!r}")
+        series.append(one if one[0] in names else None)
+        numbers.append(number)
+    documentation = _text(report.get("documentation"))[:_DOCUMENTATION_CHARACTERS] or _NO_DOCUMENTATION
+    form = Form(Family(name, documentation, kind, {}, _since(report.get("since"))), tuple(series))
+    return form, form.filled(numbers)
 
 
-def lines(family: Family, values: Values) -> Iterator[str]:
-    """Yield a family in the text format of Prometheus, with these values."""
-    suffix, kind = _SHOWN.get(family.kind, ("", family.kind))
-    documentation = family.documentation.replace("\\", r"\\").replace("\n", r"\n")
-    yield f"# HELP {family.name}{suffix} {documentation}\n# TYPE {family.name}{suffix} {kind}\n"
-    for (name, labels), value in values.items():
-        yield f"{name}{_written(labels)} {_figure(value)}\n"
+class Writer:
+    """Writes families in the text format; keeps what stands before the numbers for the next time."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[list[Series], list[str]]] = {}
+
+    def text(self, families: Iterable[Family]) -> str:
+        """Return families in the text format."""
+        kept, self._kept = self._kept, {}
+        parts = []
+        for family in families:
+            suffix, kind = _SHOWN.get(family.kind, ("", family.kind))
+            documentation = family.documentation.replace("\\", r"\\").replace("\n", r"\n")
+            name = f"{family.name}{suffix}"
+            parts.append(f"# HELP {name} {documentation}\n# TYPE {name} {kind}\n")
+            series, before = list(family.values), kept.get(family.name)
+            if before is None or before[0] != series:
+                before = series, [f"{name}{_written(labels)} " for name, labels in series]
+            self._kept[family.name] = before
+            figures = (_FIGURES.get(figure, figure) for figure in map(repr, family.values.values()))
+            parts += [f"{start}{figure}\n" for start, figure in zip(before[1], figures, strict=True)]
+        return "".join(parts)
 
 
 def added(first: Values, second: Values) -> Values:
     """Return the sum of two sets of totals."""
     if not first or not second:
         return first or second
-    first, second = _with_bounds_of(second, first), _with_bounds_of(first, second)
-    return {series: first.get(series, 0.0) + second.get(series, 0.0) for series in {**first, **second}}
+    if first.keys() != second.keys():
+        first, second = _with_bounds_of(second, first), _with_bounds_of(first, second)
+    sums = dict(first)
+    for series, value in second.items():
+        sums[series] = sums.get(series, 0.0) + value
+    return sums
 
 
 def total_values(families: Iterable[Family]) -> Values:
@@ -228,37 +296,40 @@ def _since(value: object) -> float | None:
     return float(value)  # type: ignore[arg-type]
 
 
-def _is_shown(value: float, *, is_total: bool, is_sum: bool) -> bool:
-    """Whether a legal value can be shown: a total neither falls nor is it no number."""
-    return not is_total or (math.isfinite(value) and (value >= 0 or is_sum))
+def _are_numbers(values: Iterable[object]) -> bool:
+    return _NUMBERS.issuperset(map(type, values))
 
 
-def _sample(sample: object) -> tuple[Series, float]:
-    """Return a series and its value; what was read from JSON has plain types, and ``match`` is slow."""
+def _is_total(value: float, *, is_sum: bool) -> bool:
+    """Whether a value can be a total, which neither falls nor is no number."""
+    return math.isfinite(value) and (value >= 0 or is_sum)
+
+
+def _sample(sample: object) -> tuple[Series, object]:
+    """Return a series and its number; what was read from JSON has plain types, and ``match`` is slow."""
     if type(sample) is not list or len(sample) != _PARTS_OF_A_SAMPLE:
         raise FamilyError("a sample is a name, labels and a number")
-    name, labels, value = sample
-    if type(name) is not str or type(labels) is not dict or type(value) not in _NUMBERS:
+    name, labels, number = sample
+    if type(name) is not str or type(labels) is not dict:
         raise FamilyError("a sample is a name, labels and a number")
     try:
-        return (name, _judged(name.endswith("_bucket"), tuple(labels.items()))), float(value)
+        return (name, _judged(name.endswith("_bucket"), tuple(labels.items()))), number
     except TypeError as error:  # A list as the value of a label.
         raise FamilyError(f"{name} has a label that is no text") from error
-    except OverflowError as error:
-        raise FamilyError(f"{name} has a value that is too large") from error
 
 
 @lru_cache(_TEXTS_KEPT)
 def _judged(bucket: bool, pairs: tuple[tuple[object, object], ...]) -> Labels:
     """Return labels in the one order and spelling that they have everywhere."""
     labels = tuple(sorted((_label(label), _text(text)) for label, text in pairs))
+    if sum(len(label) + len(text) for label, text in labels) > _LABELS_CHARACTERS:
+        raise FamilyError(f"labels are together longer than {_LABELS_CHARACTERS} characters")
     if not bucket:
         return labels
     bound = _figure(_bound(labels))
     return tuple((label, bound if label == _BOUND else text) for label, text in labels)
 
 
-@lru_cache(_TEXTS_KEPT)
 def _written(labels: Labels) -> str:
     if not labels:
         return ""
@@ -270,9 +341,8 @@ def _written(labels: Labels) -> str:
 
 def _figure(value: float) -> str:
     """Return a number as Prometheus reads it."""
-    if math.isfinite(value):
-        return repr(value)
-    return "NaN" if math.isnan(value) else "+Inf" if value > 0 else "-Inf"
+    figure = repr(value)
+    return _FIGURES.get(figure, figure)
 
 
 def _whole(name: str, values: Mapping[Series, float]) -> Values:

@@ -128,7 +128,7 @@ class Fleet:
         prints: returns the prints of the code that each source has, by its sha256.
         zygote: what processes are forked from, if that can be done.
         happened: takes an event of the lifecycle.
-        metrics: takes the number of a generation and the families that it sent.
+        metrics: takes the number of a generation and the families that it sent; returns whether it could.
         suspected: takes the number of a generation and what made it suspicious (``X_SUSPECT=``).
         estate: what another image of the supervisor has left.
     """
@@ -147,7 +147,7 @@ class Fleet:
         prints: Callable[[], Mapping[str, Mapping[str, str]]],
         zygote: Zygote,
         happened: Callable[[events.Event], None],
-        metrics: Callable[[int, list[Mapping[str, Any]]], None],
+        metrics: Callable[[int, list[Mapping[str, Any]]], bool],
         suspected: Callable[[int, str], None],
         estate: FleetEstate | None = None,
     ) -> None:
@@ -313,6 +313,12 @@ class Fleet:
         if running is not None:
             running.manifest_file = manifest
             running.child.send({"type": "modules"})
+
+    def ask_for_metrics(self, number: int) -> None:
+        """Ask for its metrics as they are now."""
+        running = self._running.get(number)
+        if running is not None:
+            running.child.send({"type": "metrics"})
 
     def go(self, number: int) -> None:
         """Let the application start."""
@@ -481,7 +487,7 @@ class Fleet:
             case "attestation":
                 self._attested(running, frame)
             case "metrics" if isinstance(frame.get("families"), list):
-                self._metrics(running.number, frame["families"])
+                self._measured(running, frame)
             case "modules":
                 self._loaded(running, frame)
             case "pages":
@@ -492,6 +498,17 @@ class Fleet:
                     self._happened(events.Finished(running.number))
             case "failed":
                 running.failure = frame
+
+    def _measured(self, running: Running, frame: Mapping[str, Any]) -> None:
+        """Take metrics, and say so: from then on numbers are enough."""
+        understood = self._metrics(running.number, frame["families"])
+        report = frame.get("report")
+        if type(report) is not int or running.child.is_behind:
+            return  # It does not ask for an answer, or does not read any.
+        if understood:
+            running.child.send({"type": "taken", "report": report})
+        else:
+            running.child.send({"type": "metrics", "whole": True})
 
     def _loaded(self, running: Running, frame: Mapping[str, Any]) -> None:
         """Tell the zygote what children need, as far as this one shows it."""

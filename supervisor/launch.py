@@ -137,15 +137,25 @@ class Child:
         except OSError:
             self._unsent.clear()  # It is gone; its exit says so.
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether it has not taken all that was sent to it."""
+        return bool(self._unsent)
+
     def receive(self) -> list[frames.Frame]:
-        """Return the frames that have arrived; an empty list also when the child closed its end.
+        """Return frames that have arrived, an empty list if none has.
+
+        There may be more: a child that sends without end shall not keep the loop from everything else.
 
         Raises:
             EOFError: the child closed its end, or failed to speak the protocol.
         """
         received: list[frames.Frame] = []
         try:
-            while data := self.channel.recv(262144):
+            while not received:
+                data = self.channel.recv(262144)
+                if not data:
+                    break
                 received.extend(self._decoder.feed(data))
         except BlockingIOError:
             return received

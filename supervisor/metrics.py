@@ -1,10 +1,15 @@
 """Metrics: what Prometheus sees, the supervisor's own series and those of the child, on one endpoint.
 
 The rule for the child's series: **a total never goes down because a child was replaced or killed**, and
-nothing a child sends can spoil the exposition. A child sends its registry once a second; for each counter and
-histogram series the supervisor keeps a base, the sum of what ended generations had last sent, and exports
-base plus the present values. A gauge says how things are *now*, so it comes from the generation that serves,
-and is gone with it. Families that cannot be shown are counted, not hidden.
+nothing a child sends can spoil the exposition. A child sends its registry every 0.4 seconds, and of families
+that have not changed the numbers alone; for each counter and histogram series the supervisor keeps a base,
+the sum of what ended generations had last sent, and exports base plus the present values. Families that
+cannot be shown are counted, not hidden.
+
+A gauge says how things are *now*, so it comes from the generation that serves, and is gone with it, or when
+that has said nothing for :data:`GAUGE_SECONDS`: its collectors hang. One that takes over from another shows
+the other's gauges until it has its own, for as long at most: a gap of a second would end an alert that waits
+for its time.
 
 A family that the serving code no longer has is shown for :data:`VANISH_SECONDS` after its last report, so
 that who looks five minutes back still finds it, and goes on from where it was if a rollback brings it back.
@@ -21,6 +26,7 @@ restart).
 
 from __future__ import annotations
 
+import collections
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -47,13 +53,14 @@ from supervisor.families import (
     TOTAL_KINDS,
     Family,
     FamilyError,
+    Form,
     Lasting,
     Series,
     Totals,
     Values,
+    Writer,
     added,
-    lines,
-    parse,
+    parse_whole,
     total_values,
 )
 
@@ -80,6 +87,9 @@ _Value = TypeVar("_Value")
 
 VANISH_SECONDS = 300.0
 """For how long a family is shown that the code no longer has: the range of our alerts."""
+
+GAUGE_SECONDS = 10.0
+"""For how long what a gauge said is taken for what is so now."""
 
 KEPT_LIMIT = 50_000
 """How many series of counters and histograms are remembered of all generations together."""
@@ -317,6 +327,10 @@ class Known:
         rejected: how many families of the last report could not be shown.
         seen: name of a family to the monotonic time of the newest report that had it.
         lasting: totals that outlive the processes.
+        earlier_live: the generation that served before, if it was still there when the present one took over.
+        earlier: its last report.
+        live_at: monotonic time at which the present one took over.
+        heard_at: number of a generation to the monotonic time of its last report.
     """
 
     bases: Values = field(default_factory=dict)
@@ -328,6 +342,10 @@ class Known:
     rejected: int = 0
     seen: Mapping[str, float] = field(default_factory=dict)
     lasting: Mapping[Series, Lasting] = field(default_factory=dict)
+    earlier_live: int | None = None
+    earlier: tuple[Family, ...] = ()
+    live_at: float = 0.0
+    heard_at: Mapping[int, float] = field(default_factory=dict)
 
 
 class ChildMetrics:
@@ -342,20 +360,31 @@ class ChildMetrics:
 
     def __init__(self, known: Known | None = None) -> None:
         self._known = known or Known()
-        self._written: tuple[Known, frozenset[str], bytes] | None = None
+        self._forms: dict[int, Mapping[str, Form | None]] = {}
+        """Of each process's last report. Another image asks for them."""
+        self._writer = Writer()
+        self._written: tuple[Known, frozenset[str], _Believed, bytes] | None = None
 
     @property
     def known(self) -> Known:
         """Everything that is known now."""
         return self._known
 
-    def update(self, generation: int, families: Iterable[object]) -> None:
-        """Take what a child sent; families that are not of the agreed form, or ours, are left out."""
+    def update(self, generation: int, families: Iterable[object]) -> bool:
+        """Take what a child sent; families that are not of the agreed form, or ours, are left out.
+
+        Returns:
+            False if it sent numbers alone where it has to say what they are; then nothing is taken.
+        """
         known = self._known
         if generation in known.ended:
-            return
+            return True
         reports = list(families)
-        accepted = _few(family for report in reports if (family := _accepted(report)) is not None)
+        try:
+            forms, accepted = _read(reports, self._forms.get(generation, {}))
+        except KeyError:
+            return False
+        self._forms[generation] = forms
         newest, seen, now = dict(known.newest), dict(known.seen), time.monotonic()
         for family in accepted:
             if generation >= newest.get(family.name, (0, family))[0]:
@@ -378,58 +407,105 @@ class ChildMetrics:
             rejected=len(reports) - len(accepted),
             seen=seen,
             lasting=lasting,
+            earlier=accepted if generation == known.earlier_live else known.earlier,
+            heard_at={**known.heard_at, generation: now},
         )
+        return True
 
     def go_live(self, generation: int) -> None:
         """Take the gauges from this generation from now on."""
-        self._known = replace(self._known, live=generation)
+        known = self._known
+        earlier: tuple[Family, ...] = ()
+        if known.live not in known.ended:  # One that was too short to say anything has nothing to leave.
+            earlier = known.families.get(known.live or 0, known.earlier)
+        self._known = replace(
+            known, live=generation, earlier_live=known.live, earlier=earlier, live_at=time.monotonic()
+        )
 
     def end(self, generation: int) -> None:
         """Add the totals of a generation that is gone to the bases."""
         known = self._known
+        self._forms.pop(generation, None)
         self._known = replace(
             known,
             bases=added(known.bases, known.totals.get(generation, Totals()).values),
             totals=_without(generation, known.totals),
             families=_without(generation, known.families),
+            heard_at=_without(generation, known.heard_at),
             ended=known.ended | {generation},
         )
 
     def exposition(self) -> bytes:
         """Return all families in the text format, written anew only after something has changed."""
-        known = self._known
-        gone = _gone(known, time.monotonic())
+        known, now = self._known, time.monotonic()
+        gone, believed = _gone(known, now), _believed(known, now)
         written = self._written
-        if written is None or written[0] is not known or written[1] != gone:
-            text = "".join(line for family in _shown(known, gone) for line in lines(family, family.values))
-            written = self._written = known, gone, text.encode()
-        return written[2]
+        if written is None or written[0] is not known or written[1:3] != (gone, believed):
+            text = self._writer.text(_shown(known, gone, believed))
+            written = self._written = known, gone, believed, text.encode()
+        return written[3]
 
     def family(self, name: str) -> Family | None:
         """Return one family as it is shown, by its own name or by that of its samples."""
-        known = self._known
-        shown = _shown(known, _gone(known, time.monotonic()), name)
+        known, now = self._known, time.monotonic()
+        shown = _shown(known, _gone(known, now), _believed(known, now), name)
         return next((family for family in shown if name in family.names), None)
 
 
-def _accepted(report: object) -> Family | None:
-    try:
-        family = parse(report)
-    except FamilyError:
-        return None
+def _read(
+    reports: Sequence[object], before: Mapping[str, Form | None]
+) -> tuple[dict[str, Form | None], tuple[Family, ...]]:
+    """Return the forms of the reported families, None for those that cannot be shown, and what can be.
+
+    Raises:
+        KeyError: there are numbers for a family of which there is no form.
+    """
+    forms: dict[str, Form | None] = {}
+    accepted = []
+    for report in _few(reports):
+        name = report.get("name") if isinstance(report, Mapping) else None
+        form: Form | None = None
+        try:
+            if isinstance(report, Mapping) and "samples" not in report and "values" in report:
+                form = before[str(name)]
+                family = form.filled(report["values"]) if form is not None else None
+            else:
+                form, family = parse_whole(report)
+                if not _may_have(family):
+                    form = family = None
+        except FamilyError:
+            family = None
+        if isinstance(name, str):
+            forms[name] = form
+        if family is not None:
+            accepted.append(family)
+    return forms, tuple(accepted)
+
+
+def _may_have(family: Family) -> bool:
+    """Whether a child may have a family of this name."""
     if family.name == _SCRAPE_ERROR and family.kind == "gauge":
-        return family
-    return None if any(name.startswith(_OURS) for name in family.names) else family
+        return True
+    return not any(name.startswith(_OURS) for name in family.names)
 
 
-def _few(families: Iterable[Family]) -> tuple[Family, ...]:
-    """Return the families without the largest, as far as they are together more than there may be."""
-    accepted = tuple(families)
-    if sum(len(family.values) for family in accepted) <= SERIES_LIMIT:
-        return accepted
-    smallest_first = sorted(accepted, key=lambda family: len(family.values))
-    sizes = accumulate(len(family.values) for family in smallest_first)
-    return tuple(family for family, size in zip(smallest_first, sizes, strict=True) if size <= SERIES_LIMIT)
+def _few(reports: Sequence[object]) -> Sequence[object]:
+    """Return the reports without the largest, as far as they are together more than there may be.
+
+    They are counted before they are read: reading is what takes its time.
+    """
+    sizes = [_size(report) for report in reports]
+    if sum(sizes) <= SERIES_LIMIT:
+        return reports
+    smallest_first = sorted(range(len(reports)), key=sizes.__getitem__)
+    together = accumulate(sizes[place] for place in smallest_first)
+    kept = {place for place, size in zip(smallest_first, together, strict=True) if size <= SERIES_LIMIT}
+    return [report for place, report in enumerate(reports) if place in kept]
+
+
+def _size(report: object) -> int:
+    samples = report.get("samples", report.get("values")) if isinstance(report, Mapping) else None
+    return len(samples) if isinstance(samples, list) else 0
 
 
 def _gone(known: Known, now: float) -> frozenset[str]:
@@ -444,11 +520,29 @@ def _gone(known: Known, now: float) -> frozenset[str]:
     )
 
 
-def _shown(known: Known, gone: frozenset[str], only: str | None = None) -> Iterator[Family]:
+@dataclass(frozen=True, slots=True)
+class _Believed:
+    """Whose gauges are: those of the generation that serves, and of the one that served before it."""
+
+    live: bool
+    earlier: bool
+
+
+def _believed(known: Known, now: float) -> _Believed:
+    heard_at = known.heard_at.get(known.live or 0, known.live_at)
+    serves = known.live not in known.ended
+    return _Believed(now - heard_at <= GAUGE_SECONDS, serves and now - known.live_at <= GAUGE_SECONDS)
+
+
+def _shown(
+    known: Known, gone: frozenset[str], believed: _Believed, only: str | None = None
+) -> Iterator[Family]:
     """Yield what is shown, totals summed over generations; all families, or those that have a name."""
     rejected: Values = {(_REJECTED.name, ()): float(known.rejected)}
     yield replace(_REJECTED, values=rejected)
-    now = {family.name: family for family in known.families.get(known.live or 0, ())}
+    before = known.earlier if believed.earlier else ()
+    current = known.families.get(known.live or 0, ()) if believed.live else ()
+    now = {family.name: family for family in (*before, *current)}
     candidates = [entry for name, entry in known.newest.items() if name not in gone]
     families = [family for family in _compatible(candidates) if only is None or only in family.names]
     if only is not None:
@@ -509,9 +603,9 @@ def _compatible(families: Iterable[tuple[int, Family]]) -> Iterator[Family]:
 
 
 def _by_name(values: Values) -> Mapping[str, Mapping[Series, float]]:
-    grouped: dict[str, dict[Series, float]] = {}
+    grouped: collections.defaultdict[str, dict[Series, float]] = collections.defaultdict(dict)
     for series, value in values.items():
-        grouped.setdefault(series[0], {})[series] = value
+        grouped[series[0]][series] = value
     return grouped
 
 

@@ -84,6 +84,7 @@ class View:
         foreign: names of functions that are not of their source.
         tables: numbers of the child.
         alarms: sentences; None if none were asked for.
+        unknown: names of the metrics that alarms are about and that the child does not show now.
         public: the address can be reached from other machines.
     """
 
@@ -94,6 +95,7 @@ class View:
     foreign: Sequence[str] = ()
     tables: Sequence[Table] = ()
     alarms: Sequence[str] | None = None
+    unknown: Sequence[str] = ()
     public: bool = False
     made: dict[str, Html] = field(default_factory=dict)
     """Sections that were made before from the same facts."""
@@ -170,10 +172,14 @@ def _alarms(view: View) -> Html:
     alarms = view.alarms
     if alarms is None:
         return _section("alarms", "Alarms", _el("p", "None are set (--alarm).", class_="faint"))
-    if not alarms:
-        return _section("alarms", "Alarms", _el("p", "✓ No alarm", class_="good"), role="alert")
-    said = _el("ul", *(_el("li", _el("strong", f"✗ {_clip(text)}")) for text in alarms), class_="plain")
-    return _section("alarms", "Alarms", _el("div", said, class_="box bad"), role="alert")
+    lines = []
+    if alarms:
+        said = _el("ul", *(_el("li", _el("strong", f"✗ {_clip(text)}")) for text in alarms), class_="plain")
+        lines.append(_el("div", said, class_="box bad"))
+    if view.unknown:
+        names = ", ".join(view.unknown)
+        lines.append(_el("p", f"• Not known now, the service does not say it: {_clip(names)}", class_="warn"))
+    return _section("alarms", "Alarms", *(lines or [_el("p", "✓ No alarm", class_="good")]), role="alert")
 
 
 def _counts(view: View) -> Html:

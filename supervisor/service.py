@@ -87,10 +87,13 @@ _SCANS_SHARE = 300
 _GIT_LOOK_SECONDS = 2.0
 _OVERSLEPT_SECONDS = 1.0
 _CLOSE_SECONDS = 2.0
+_FIRST_METRICS_SECONDS = 0.1
+"""After which a generation that went live is asked for its metrics: first it shall do what it is here for."""
 _EXTENSION_SECONDS = 10.0
 """What the service manager is asked for with each look, while a start, a reload or a stop goes on."""
 _SWITCH_SECONDS = 0.0005
-"""For how long a thread that writes metrics keeps the interpreter from the loop; a tenth of what is usual."""
+"""For how long who writes metrics keeps the interpreter from the loop; a tenth of what is usual. With less,
+on a busy machine, each of many more switches would wait for a processor."""
 
 
 class Service:
@@ -785,6 +788,7 @@ class Service:
         self._child_metrics.go_live(live.number)
         self._verify_at = now + self._settings.verify_interval_seconds
         self._ask_for_modules()
+        self.later(_FIRST_METRICS_SECONDS, lambda: self._fleet.ask_for_metrics(live.number))
         self._notifier.ready()
         self._live_is_new = True
 

@@ -89,6 +89,7 @@ class Page:
                 if (family := self._child.family(selection.name)) is not None
             ],
             alarms=self._alarms(now.settings),
+            unknown=[s.name for s in now.settings.alarms if self._child.family(s.name) is None],
             public=not is_loopback(now.settings.listen[0]),
             made=made,
         )

@@ -379,7 +379,6 @@ class _Served:
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_version = "wa-supervisor"
-    sys_version = ""
     timeout = _TIMEOUT_SECONDS
     server: _Server
 
@@ -400,6 +399,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET  # noqa: N815 -- the name is http.server's
 
+    def version_string(self) -> str:
+        """Name the server; the base class adds what it runs on."""
+        return self.server_version
+
     def log_message(self, *args: object) -> None:
         """Keep quiet: a scrape every few seconds is no news."""
 
@@ -411,6 +414,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _refusal(self) -> tuple[HTTPStatus, str] | None:
         """Return why a request is not answered, None if it is."""
+        if self.headers.get("Transfer-Encoding") or self.headers.get("Content-Length", "0").strip() != "0":
+            self.close_connection = True  # What follows is not read, so it is not taken for a request either.
+            return HTTPStatus.BAD_REQUEST, "nothing can be sent here"
         hosts = self.headers.get_all("Host", [])
         if len(hosts) > 1:
             return HTTPStatus.BAD_REQUEST, "more than one Host"

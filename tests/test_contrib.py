@@ -16,7 +16,7 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry
 
-from monitor.metrics import MonitorMetrics
+from monitor.metrics import Counts, MonitorMetrics
 from supervisor.child.metrics import failure
 from supervisor.metrics import ChildMetrics, SupervisorMetrics
 
@@ -66,6 +66,7 @@ def test_systemd_accepts_the_unit(tmp_path: Path, not_checked: Callable[[str], N
 def metrics_of_the_monitor() -> set[str]:
     metrics = MonitorMetrics()
     metrics.update(projects=("Northfield",), began=datetime.now(UTC), last_message_at=datetime.now(UTC))
+    metrics.update(counts=Counts())
     return {sample.name for family in metrics.collect() for sample in family.samples}
 
 

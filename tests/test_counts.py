@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from monitor.demo.stage import Stage
 from monitor.demo.stream import Stream
+from monitor.metrics import Counts, MonitorMetrics
+from supervisor.child import metrics as child
+from supervisor.metrics import ChildMetrics
 from tests.supervisor.harness import SOAK
 
 RELOADS, KILLS = (50, 10) if SOAK else (3, 2)
@@ -76,3 +80,24 @@ def test_totals_are_exact_and_never_fall_over_reloads_and_kills(database_url: st
         stage.wait("drops and messages agree", lambda: shown() == counted())
         assert stage.metric(TOTALS[1]) == sum(count for *_, count in stage.ask(DROPS))
         assert sum(stage.status()["restarts"].values()) == KILLS
+
+
+def test_repairs_are_not_added_up_over_processes_that_all_show_the_same() -> None:
+    metrics = MonitorMetrics()
+    metrics.update(began=datetime.now(UTC) - timedelta(days=7), counts=Counts(repaired=3))
+    reports = [
+        {
+            "name": family.name,
+            "documentation": family.documentation,
+            "type": family.type,
+            "since": child._since(family),
+            "samples": [[sample.name, sample.labels, sample.value] for sample in family.samples],
+        }
+        for family in metrics.collect()
+    ]
+    shown = ChildMetrics()
+    for generation in (1, 2, 3):
+        shown.update(generation, reports)
+        shown.go_live(generation)
+        shown.end(generation - 1)
+    assert b"\nwa_monitor_lid_repaired_total 3.0\n" in shown.exposition()

@@ -5,6 +5,10 @@ Metrics of the process and of the interpreter are left out: the supervisor measu
 without its help. Of more than :data:`SERIES_LIMIT` series the largest families are left out, and a family
 says so: what explodes is one of them, and the others are what tells of it.
 
+What a family is called, its labels and its text seldom change, and to write and read them takes longer than
+the numbers: once the supervisor has taken a report, its families are sent again as ``{name, values}``, in the
+same order, until something else of them has changed (:class:`Reports`).
+
 A counter may be older than the process that shows it: its ``_created`` is passed on then (``since``), because
 the supervisor must not add up what goes on by itself.
 """
@@ -49,6 +53,50 @@ def families() -> list[dict[str, Any]] | None:
     except BaseException as error:  # noqa: BLE001 -- a collector is foreign code, and may even raise SystemExit
         return [failure(f"collecting them raised {type(error).__name__}")]
     return _few(found)
+
+
+class Reports:
+    """What goes to the supervisor, report by report, and what it is known to have taken.
+
+    Not for two threads at a time.
+    """
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._taken = 0
+        self._told: dict[str, tuple[int, object]] = {}
+        """Name of a family to the report in which it was told whole, and all of it but its values."""
+
+    def next(self) -> dict[str, Any] | None:
+        """Return the next one, None where the application has no such library."""
+        found = families()
+        if found is None:
+            return None
+        self._number += 1
+        names = [family["name"] for family in found]
+        told: dict[str, tuple[int, object]] = {}
+        report = []
+        for family in found:
+            name, samples = family["name"], family["samples"]
+            form = {**family, "samples": [sample[:2] for sample in samples]}
+            number, before = self._told.get(name, (0, None))
+            if 0 < number <= self._taken and form == before and names.count(name) == 1:
+                told[name] = number, before
+                report.append({"name": name, "values": [value for _, _, value in samples]})
+            else:
+                told[name] = self._number, form
+                report.append(family)
+        self._told = told
+        return {"type": "metrics", "report": self._number, "families": report}
+
+    def taken(self, number: object) -> None:
+        """Note that the supervisor has taken this one and all before."""
+        if type(number) is int and number <= self._number:
+            self._taken = max(self._taken, number)
+
+    def forget(self) -> None:
+        """Tell everything again, whole."""
+        self._told = {}
 
 
 def _since(family: Any) -> float | None:  # noqa: ANN401 -- a Metric of a library that is not imported

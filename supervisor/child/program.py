@@ -56,8 +56,13 @@ _STDERR = 2
 _ORPHAN_GRACE_SECONDS = 3.0
 _CLOSE_ON_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)  # macOS has none.
 _GIVE_WAY_SECONDS = 0.005
-_METRICS_INTERVAL_SECONDS = 0.8
-"""What is shown is never older than a second, the way to the supervisor included."""
+_METRICS_INTERVAL_SECONDS = 0.4
+"""What is shown is never older than a second, and collecting it and its way there take the rest."""
+_METRICS_SHARE = 5
+"""A report is followed by the next one after this many times its processor time at least: what explodes
+shall not take the application's."""
+_LAST_METRICS_SECONDS = 1.0
+"""For how long the end of a program waits for a report that is being made."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,8 @@ class _Channel:
         self._abandoned = False
         self._decoder = frames.Decoder()
         self._sending = threading.Lock()
+        self._reports = metrics.Reports()
+        self._reporting = threading.Lock()
         self._early: list[frames.Frame] = []
         self._has_its_memory = False
         self.gate = threading.Event()
@@ -133,6 +140,7 @@ class _Channel:
     def abandon(self) -> None:
         """Let go of the channel in a process that the application forked: it speaks for its parent alone."""
         self._sending = threading.Lock()
+        self._reporting = threading.Lock()
         if self.ours:
             os.close(self._connection.fileno())
         self._abandoned = True
@@ -161,7 +169,10 @@ class _Channel:
                 pending = []
             if time.monotonic() >= next_metrics:
                 next_metrics = time.monotonic() + _METRICS_INTERVAL_SECONDS
+                spent_before = time.thread_time()
                 self.send_metrics()
+                spent = time.thread_time() - spent_before
+                next_metrics += max(0.0, _METRICS_SHARE * spent - _METRICS_INTERVAL_SECONDS)
 
     def _answer(
         self, frame: frames.Frame, pins: pinned.Pins, live: functions.Functions, progress: attest.Progress
@@ -178,16 +189,30 @@ class _Channel:
                 if live.forked and not self._has_its_memory:  # It is live now: nobody waits for it.
                     self._has_its_memory = True
                     self.send({"type": "pages", "runs": pages.make_own()})
+            case "metrics":
+                if frame.get("whole"):
+                    self._reports.forget()
+                self.send_metrics()
+            case "taken":
+                self._reports.taken(frame.get("report"))
 
     def send_metrics(self) -> None:
-        """Send the application's metrics, if it has any; too many of them are one that says so."""
-        families = metrics.families()
-        if families is None:
-            return
+        """Send the application's metrics, if it has any; too many of them are one that says so.
+
+        One report at a time, from beginning to end: an older one that came after a newer one would look as if
+        its counters had begun anew.
+        """
+        if not self._reporting.acquire(timeout=_LAST_METRICS_SECONDS):
+            return  # A collector of the application hangs.
         try:
-            self.send({"type": "metrics", "families": families})
+            report = self._reports.next()
+            if report is not None:
+                self.send(report)
         except frames.FrameError as error:
+            self._reports.forget()
             self.send({"type": "metrics", "families": [metrics.failure(str(error))]})
+        finally:
+            self._reporting.release()
 
 
 class _Ending:

@@ -20,6 +20,7 @@ from monitor import app
 from monitor.demo.bridge import NORTHFIELD, SyntheticBridge
 from monitor.logs import mask_numbers
 from monitor.settings import Values
+from tests.supervisor.harness import until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -271,8 +272,13 @@ def test_metrics_are_served_when_asked_for(start_monitor: Any, environment: dict
         port = probe.getsockname()[1]
     monitor = start_monitor(WA_LISTEN=f"127.0.0.1:{port}")
     monitor.await_message("READY=1")
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
-        text = answer.read().decode()
+
+    def scraped() -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            return str(answer.read().decode())
+
+    until(lambda: "wa_monitor_lid_rows{" in scraped())  # It is ready before it has counted.
+    text = scraped()
     assert 'wa_monitor_drops_stored_total{identity="lid",kind="new",project="Northfield"} 0.0' in text
     assert 'wa_monitor_lid_rows{project="Eastvale"}' in text
     assert 'wa_monitor_store_errors_total{error="store_unavailable"} 0.0' in text

@@ -695,6 +695,21 @@ def test_totals_are_committed_with_the_rows_and_label_sets_start_at_zero(
     assert sum(again.values()) == 3
 
 
+def test_message_that_is_read_again_after_a_reload_is_no_lag(
+    bridge: SyntheticBridge, relay_once: RelayOnce
+) -> None:
+    def lag_seconds(metrics: MonitorMetrics) -> float:
+        (family,) = [found for found in metrics.collect() if found.name == "wa_monitor_message_lag_seconds"]
+        return family.samples[0].value
+
+    hour_ago = datetime.now(UTC) - timedelta(hours=1)
+    bridge.post(chat_jid=NORTHFIELD, sender=PHONE, content="DR1000001", timestamp=hour_ago)
+    assert lag_seconds(relay_once()) >= 3600
+    assert lag_seconds(relay_once()) == 0
+    bridge.post(chat_jid=NORTHFIELD, sender=PHONE, content="DR1000002", timestamp=hour_ago)
+    assert lag_seconds(relay_once()) >= 3600
+
+
 def test_standing_lids_are_counted_whoever_stored_them(
     bridge: SyntheticBridge, relay_once: RelayOnce, rows: Rows
 ) -> None:

@@ -186,6 +186,10 @@ def test_rejected_reload_and_standing_lids_show_without_loading_the_page_again(
         assert page.evaluate("window.same")
         picture(page, "rejected")
         picture(phone, "dark-390")
+        widest = (
+            "Math.max(...[...document.querySelectorAll('caption')].map(c => c.getBoundingClientRect().right))"
+        )
+        assert phone.evaluate(widest) <= PHONE["width"], "what a table is about can be read without scrolling"
         assert phone.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(13, 17, 23)"
     identity.write_bytes(good)
     wait(page, "headline", "✓ In sync")

@@ -6,17 +6,22 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from supervisor import ends, launch, verify
 from supervisor.blobs import BlobStore
-from supervisor.child import attest
+from supervisor.child import attest, frames, program
 from supervisor.child.codeprint import codeprint, every
 from supervisor.launch import Child, LaunchRequest
 from supervisor.manifest import Manifest, Tree, scan
@@ -802,3 +807,101 @@ def test_end_is_told_when_the_last_thread_of_the_application_has_ended(
     assert not any(frame["type"] == "ended" for frame in started._frames)
     (fifo / "step").write_text("", encoding="utf-8")
     started.frame("ended")
+
+
+# --- its metrics ------------------------------------------------------------------------------------------
+
+
+class Told:
+    """A lock that tells when somebody wants it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.wanted = threading.Semaphore(0)
+
+    def acquire(self, timeout: float) -> bool:
+        self.wanted.release()
+        return self._lock.acquire(timeout=timeout)
+
+    def release(self) -> None:
+        self._lock.release()
+
+
+def test_report_that_was_begun_earlier_never_comes_after_a_later_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the end of a program the last report is made beside that which is due: two threads, one counter."""
+    collected, go_on = threading.Event(), threading.Event()
+    counted = iter((1, 2))
+
+    class Slow(Collector):
+        def collect(self) -> Iterator[Metric]:
+            value = next(counted)
+            if value == 1:
+                collected.set()
+                assert go_on.wait(DEADLINE_MILLISECONDS / 1000)
+            yield CounterMetricFamily("jobs", "Jobs.", value=value)
+
+    application = CollectorRegistry()
+    monkeypatch.setattr("prometheus_client.REGISTRY", application)
+    application.register(Slow())
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        channel, lock = program._Channel(theirs), Told()
+        monkeypatch.setattr(channel, "_reporting", lock, raising=False)
+        due, last = (threading.Thread(target=channel.send_metrics) for _ in range(2))
+        due.start()
+        assert collected.wait(DEADLINE_MILLISECONDS / 1000)
+        last.start()
+        for _ in (due, last):
+            assert lock.wanted.acquire(timeout=DEADLINE_MILLISECONDS / 1000)
+        go_on.set()
+        due.join()
+        last.join()
+        theirs.shutdown(socket.SHUT_WR)
+        decoder = frames.Decoder()
+        received = [frame for data in iter(lambda: ours.recv(65536), b"") for frame in decoder.feed(data)]
+    assert [frame["families"][0]["samples"][0][2] for frame in received] == [1, 2]
+
+
+HANGS = """\
+import threading
+from prometheus_client import REGISTRY
+
+asked = threading.Event()
+
+class Hangs:
+    def describe(self):
+        return []
+
+    def collect(self):
+        asked.set()
+        threading.Event().wait()
+
+REGISTRY.register(Hangs())
+asked.wait()
+"""
+
+
+def test_program_ends_although_a_collector_of_its_own_hangs(
+    generation: Callable[..., Generation], tree: Path
+) -> None:
+    (tree / "main.py").write_text(HANGS, encoding="utf-8")
+    child = generation()
+    child.go()
+    child.child.send({"type": "metrics"})
+    child.frame("ended")
+
+
+def test_child_that_sends_without_end_gives_way_after_each_frame() -> None:
+    class Endless:
+        """A socket in which there is always something more."""
+
+        def __init__(self) -> None:
+            self.asked_total = 0
+
+        def recv(self, _: int) -> bytes:
+            self.asked_total += 1
+            assert self.asked_total < 10
+            return frames.encode({"type": "metrics", "families": []})
+
+    endless: Any = Endless()
+    assert launch.Child(1, None, endless).receive() == [{"type": "metrics", "families": []}]

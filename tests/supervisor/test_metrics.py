@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -19,18 +19,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, Summary
-from prometheus_client.core import Metric
+from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 
 from supervisor import families
+from supervisor.child.metrics import Reports
 from supervisor.families import FamilyError, Series, Totals, added, parse
 from supervisor.metrics import (
+    GAUGE_SECONDS,
     RESTART_CAUSES,
     TRIGGERS,
     VANISH_SECONDS,
     WATCH_MODES,
     ChildMetrics,
+    Known,
     ProcessSampler,
     SupervisorMetrics,
     registry,
@@ -380,6 +384,15 @@ def test_same_series_twice_is_one(metrics: ChildMetrics) -> None:
     assert without_own(metrics) == {"a_total{x=1}": 3}
 
 
+def test_page_of_text_is_not_carried_to_every_scrape(metrics: ChildMetrics) -> None:
+    metrics.go_live(1)
+    long = gauge("documented", 1) | {"documentation": "d" * 100_000}
+    metrics.update(1, [long, gauge("labelled", 1, query="q" * 3000), gauge("short", 1, query="q")])
+    expected = {"documented": 1, "short{query=q}": 1, "wa_supervisor_child_families_rejected": 1}
+    assert shown(metrics) == expected
+    assert len(metrics.exposition()) < 2000
+
+
 def test_families_that_share_a_name_of_a_series_are_not_shown_together(metrics: ChildMetrics) -> None:
     metrics.go_live(1)
     metrics.update(1, [counter("a", 1), gauge("a_total", 2), gauge("b_count", 3), histogram("b", le_1=1)])
@@ -550,6 +563,57 @@ def test_what_has_vanished_is_forgotten_before_new_series_are_refused(
     assert "new_total{request=9}" in without_own(metrics)
 
 
+def test_gauges_of_the_generation_before_stand_in_until_the_new_one_has_its_own(
+    metrics: ChildMetrics, clock: Clock
+) -> None:
+    metrics.update(1, [gauge("standing", 2), gauge("pending", 7), gauge("gone", 1)])
+    metrics.go_live(1)
+    metrics.go_live(2)
+    assert without_own(metrics) == {"standing": 2, "pending": 7, "gone": 1}
+    metrics.update(1, [gauge("standing", 3), gauge("pending", 8), gauge("gone", 1)])
+    metrics.end(1)
+    metrics.update(2, [gauge("pending", 9)])
+    assert without_own(metrics) == {"standing": 3, "pending": 9, "gone": 1}
+    metrics.update(2, [gauge("pending", 9), gauge("standing", 0)])
+    assert without_own(metrics) == {"standing": 0, "pending": 9, "gone": 1}
+    clock.now += GAUGE_SECONDS + 1
+    metrics.update(2, [gauge("pending", 9), gauge("standing", 0)])
+    assert without_own(metrics) == {"standing": 0, "pending": 9}, "what new code does not have is gone"
+
+
+def test_generation_that_is_replaced_before_its_first_report_leaves_no_gap(metrics: ChildMetrics) -> None:
+    metrics.update(1, [gauge("standing", 2)])
+    for number in (1, 2, 3):
+        metrics.go_live(number)
+        assert without_own(metrics) == {"standing": 2}
+    metrics.end(1)
+    metrics.end(2)
+    assert without_own(metrics) == {"standing": 2}
+
+
+def test_gauges_of_a_generation_that_is_gone_are_gone_with_it(metrics: ChildMetrics) -> None:
+    metrics.update(1, [gauge("standing", 2)])
+    metrics.go_live(1)
+    metrics.go_live(2)
+    metrics.end(1)
+    metrics.end(2)
+    assert without_own(metrics) == {}, "nobody serves"
+    metrics.go_live(3)
+    assert without_own(metrics) == {}, "the one before was gone when it took over"
+
+
+def test_gauges_of_a_child_that_says_nothing_are_not_what_is_now(metrics: ChildMetrics, clock: Clock) -> None:
+    metrics.update(1, [gauge("standing", 0), counter("jobs", 1)])
+    metrics.go_live(1)
+    clock.now += GAUGE_SECONDS
+    assert without_own(metrics) == {"standing": 0, "jobs_total": 1}
+    clock.now += 1
+    assert without_own(metrics) == {"jobs_total": 1}, "also when nothing has changed since"
+    assert metrics.family("standing") is None
+    metrics.update(1, [gauge("standing", 2), counter("jobs", 1)])
+    assert without_own(metrics) == {"standing": 2, "jobs_total": 1}
+
+
 def test_one_family_is_found_by_its_name_and_by_that_of_its_samples(metrics: ChildMetrics) -> None:
     metrics.update(1, [counter("jobs", 5)])
     metrics.end(1)
@@ -591,6 +655,112 @@ def test_promtool_has_nothing_to_say_about_what_is_exposed(metrics: ChildMetrics
     body = generate_latest(created) + metrics.exposition()
     done = subprocess.run([str(PROMTOOL), "check", "metrics"], input=body, capture_output=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+@pytest.fixture
+def application(monkeypatch: pytest.MonkeyPatch) -> CollectorRegistry:
+    """The registry of an application, as the child's own code finds it."""
+    created = CollectorRegistry()
+    monkeypatch.setattr("prometheus_client.REGISTRY", created)
+    return created
+
+
+def sent(reports: Reports) -> Report:
+    """The next report as it arrives."""
+    frame: Report = json.loads(json.dumps(reports.next()))
+    return frame
+
+
+def is_whole(frame: Report) -> dict[str, bool]:
+    return {family["name"]: "samples" in family for family in frame["families"]}
+
+
+def test_numbers_alone_are_shown_as_a_whole_report_would_be(
+    metrics: ChildMetrics, application: CollectorRegistry
+) -> None:
+    jobs = Counter("jobs", "Jobs.", ["queue"], registry=application)
+    lag = Histogram("lag", "Lag.", registry=application)
+    size = Summary("size", "Size.", registry=application)
+    temperature = Gauge("temperature", "Temperature.", registry=application)
+    Info("build", "Build.", registry=application).info({"version": "1"})
+    jobs.labels("a").inc()
+    reports, whole = Reports(), ChildMetrics()
+    metrics.go_live(1)
+    whole.go_live(1)
+    for number in range(4):
+        jobs.labels("a").inc()
+        lag.observe(number)
+        size.observe(number)
+        temperature.set(float("nan") if number == 2 else -number)
+        if number == 3:
+            jobs.labels("b").inc()
+        frame = sent(reports)
+        assert metrics.update(1, frame["families"])
+        whole.update(1, child_families_of(application))
+        assert metrics.exposition() == whole.exposition()
+        reports.taken(frame["report"])
+        expected = {
+            "jobs": number in {0, 3},
+            **dict.fromkeys(("lag", "size", "temperature", "build"), not number),
+        }
+        assert is_whole(frame) == expected
+
+
+def test_families_are_told_whole_until_they_are_known_to_have_been_taken(
+    application: CollectorRegistry,
+) -> None:
+    Counter("jobs", "Jobs.", registry=application)
+    reports = Reports()
+    first, second = sent(reports), sent(reports)
+    assert is_whole(first) == is_whole(second) == {"jobs": True}
+    reports.taken(first["report"])
+    assert is_whole(sent(reports)) == {"jobs": True}, "the first one may not be what the second one said"
+    for number in (True, "4", None, 10**9):
+        reports.taken(number)
+    last = sent(reports)
+    assert is_whole(last) == {"jobs": True}
+    reports.taken(last["report"])
+    assert is_whole(sent(reports)) == {"jobs": False}
+    reports.forget()
+    assert is_whole(sent(reports)) == {"jobs": True}
+
+
+def test_two_families_of_one_name_are_always_told_whole(application: CollectorRegistry) -> None:
+    class Twice(Collector):
+        def collect(self) -> Iterator[Metric]:
+            for value in (1, 2):
+                yield GaugeMetricFamily("twice", "Twice.", value=value)
+
+    application.register(Twice())
+    reports = Reports()
+    for _ in range(3):
+        frame = sent(reports)
+        assert [family["samples"][0][2] for family in frame["families"]] == [1, 2]
+        reports.taken(frame["report"])
+
+
+def test_numbers_of_which_nobody_has_said_what_they_are_change_nothing(metrics: ChildMetrics) -> None:
+    metrics.update(1, [counter("jobs", 5)])
+    metrics.go_live(1)
+    assert metrics.update(1, [{"name": "jobs", "values": [6]}])
+    image = ChildMetrics(msgspec.msgpack.decode(msgspec.msgpack.encode(metrics.known), type=Known))
+    assert not image.update(1, [{"name": "jobs", "values": [7]}]), "another image has to ask"
+    assert not metrics.update(1, [{"name": "jobs", "values": [7]}, {"name": "other", "values": [1]}])
+    assert without_own(metrics) == without_own(image) == {"jobs_total": 6}
+    assert image.update(1, [counter("jobs", 8)])
+    assert image.update(1, [{"name": "jobs", "values": [9]}])
+    assert without_own(image) == {"jobs_total": 9}
+
+
+@pytest.mark.parametrize("values", [[], [1, 2], ["1"], [None], [10**400], {}, "1", None], ids=repr)
+def test_numbers_that_are_none_or_too_many_are_one_family_that_cannot_be_shown(
+    metrics: ChildMetrics, values: object
+) -> None:
+    metrics.go_live(1)
+    metrics.update(1, [gauge("jobs", 5), gauge("other", 1), gauge("python_mine", 1)])
+    numbers = [{"name": "jobs", "values": values}, {"name": "other", "values": [2]}]
+    assert metrics.update(1, [*numbers, {"name": "python_mine", "values": [1]}])
+    assert shown(metrics) == {"other": 2, "wa_supervisor_child_families_rejected": 2}
 
 
 def test_text_that_cannot_be_written_is_replaced(metrics: ChildMetrics) -> None:
@@ -804,9 +974,11 @@ def test_processor_time_of_a_child_is_not_counted_again_by_another_image() -> No
 
 COUNTS = """\
 import os, signal, sys, time
-from prometheus_client import REGISTRY, Counter, Histogram
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily
 import version
+
+Gauge("number", "Of the version.").set(version.NUMBER)
 
 jobs = Counter("jobs", "Jobs.")
 lag = Histogram("lag_seconds", "Lag.", buckets=version.BUCKETS)
@@ -875,11 +1047,30 @@ def test_no_total_falls_over_reloads_kills_and_a_rollback(
         if number <= kills:  # The next save starts a process at once, however long the backoff is by now.
             started.live().kill()
             until(lambda: started.status()["live"] is None)
+    until(lambda: started.status()["live"]["tree"] in started.status()["known_good"])
+    write_version(tree, reloads + 1)
+    started.expect(f"^serving {reloads + 1}$")
     until(lambda: len(started.status()["known_good"]) > 1)
     assert started.command("rollback").returncode == 0
     before = watching.scrape()["jobs_total"]
     until(lambda: watching.scrape()["jobs_total"] > before)
     assert sum(started.status()["restarts"].values()) == kills
+
+
+def test_scrape_at_any_moment_of_a_reload_finds_the_gauges(
+    supervise: Callable[..., Supervised], tmp_path: Path
+) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    (tree / "main.py").write_text(COUNTS, encoding="utf-8")
+    write_version(tree, 0)
+    started = supervise("--handover=overlap", "main.py", cwd=tree)
+    started.expect("^serving 0$")
+    watching = Watching(started.status()["listen"])
+    until(lambda: watching.scrape().get("number") == 0)
+    for number in (1, 2, 3):
+        write_version(tree, number)
+        until(lambda number=number: watching.scrape()["number"] == number)  # type: ignore[misc]
 
 
 def test_child_whose_series_explode_is_still_seen_and_still_reloaded(
@@ -893,7 +1084,7 @@ def test_child_whose_series_explode_is_still_seen_and_still_reloaded(
     started.expect("^serving 0$")
     watching = Watching(started.status()["listen"])
     until(lambda: watching.scrape().get("wa_supervisor_child_scrape_error") == 1)
-    assert watching.scrape()["jobs_total"] > 0
+    until(lambda: watching.scrape()["jobs_total"] > 0)
     assert "exploding_total{request=1}" not in watching.before
     write_version(tree, 1)
     started.expect("^serving 1$")

@@ -168,6 +168,9 @@ def test_alarms_are_told_and_so_is_that_there_are_none() -> None:
     assert words(View(STATUS), "alarms") == "Alarms None are set (--alarm)."
     assert words(View(STATUS, alarms=[]), "alarms") == "Alarms ✓ No alarm"
     assert words(View(STATUS, alarms=["a", "b"]), "alarms") == "Alarms ✗ a ✗ b"
+    unknown = "• Not known now, the service does not say it: jobs"
+    assert words(View(STATUS, alarms=[], unknown=["jobs"]), "alarms") == f"Alarms {unknown}", "not: no alarm"
+    assert words(View(STATUS, alarms=["a"], unknown=["jobs"]), "alarms") == f"Alarms ✗ a {unknown}"
     assert title(View(STATUS, alarms=["a"])) == "1 alarm, in sync · wa-supervisor"
 
 

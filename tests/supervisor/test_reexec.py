@@ -158,6 +158,9 @@ def test_an_update_is_shown_and_taken_over_while_the_child_runs_on(
     assert goes_on["wa_supervisor_self_outdated"] == 0
     assert goes_on["wa_supervisor_reload_seconds_count"] > counted["wa_supervisor_reload_seconds_count"]
 
+    ticks = 'app_ticks_total{value="2"}'
+    until(lambda: metrics(started)[ticks] > goes_on[ticks])
+
     records = history(started)
     assert record in records
     asked = next(r for r in records if r["kind"] == "operator")
@@ -167,7 +170,6 @@ def test_an_update_is_shown_and_taken_over_while_the_child_runs_on(
     until(lambda: generation(started) == 3 and in_sync(started))
     (ticking / "crash").touch()
     until(lambda: generation(started) == 4 and in_sync(started))
-    ticks = 'app_ticks_total{value="2"}'
     assert metrics(started)[ticks] >= goes_on[ticks]
 
 

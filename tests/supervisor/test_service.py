@@ -372,7 +372,6 @@ def test_totals_of_the_child_survive_its_replacement(supervise: Supervise, tree:
     started.expect("finished 2")
     started.expect(LIVE)
     assert series(started, "app_jobs_total") == 10
-    assert "app_level" not in get(started, "/metrics")[1]
 
 
 def test_probes_tell_whether_a_generation_serves(supervise: Supervise, tree: Path) -> None:

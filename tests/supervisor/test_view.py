@@ -94,6 +94,7 @@ def test_page_follows_disk_history_and_numbers_and_keeps_what_is_the_same(
     assert "1 match" in first["modules"]
     assert "None yet" in first["reloads"]
     assert "None are asked for" in first["counts"]
+    assert "Not known now" in first["alarms"], "nobody has said yet that nothing has failed"
     _, again = page()
     assert again["modules"] is first["modules"]
     facts[0] = replace(facts[0], disk=Manifest.of(settings.tree, {"answer.py": "2"}))
@@ -109,5 +110,6 @@ def test_page_follows_disk_history_and_numbers_and_keeps_what_is_the_same(
     assert later["reloads"].count("<li>") == 1, "a promotion is no reload"
     assert "Jobs" in later["counts"]
     assert "Failed: 1 (failed)" in later["alarms"]
+    assert "Not known now" not in later["alarms"]
     assert title.startswith("1 alarm, ")
     assert page()[1]["reloads"] is later["reloads"]

@@ -129,6 +129,17 @@ def test_head_has_no_body_and_other_methods_are_refused(server: WebServer) -> No
     assert get(server, "/metrics", "POST")[0] == 501
 
 
+@pytest.mark.parametrize("header", ["Content-Length: 44", "Transfer-Encoding: chunked", "Content-Length: -1"])
+def test_what_is_sent_with_a_request_is_not_taken_for_another_one(server: WebServer, header: str) -> None:
+    hidden = "GET /status.json HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with connect(server) as connection:
+        connection.sendall(f"GET /livez HTTP/1.1\r\nHost: localhost\r\n{header}\r\n\r\n{hidden}".encode())
+        with connection.makefile("rb") as file, contextlib.suppress(ConnectionResetError):
+            answer = file.read()
+            assert answer.count(b"HTTP/1.1 ") == 1
+            assert answer.startswith(b"HTTP/1.1 400 ")
+
+
 def test_one_connection_may_ask_more_than_once(server: WebServer) -> None:
     connection = http.client.HTTPConnection(*place(server), timeout=DEADLINE_SECONDS)
     for _ in range(3):
