@@ -292,6 +292,14 @@ SELECT lid, phone FROM wa_monitor.lid_seen
 -- Every LID that the bridge ever showed, and its phone if there was never another.
 SELECT lid, CASE WHEN count(*) = 1 THEN min(phone) END FROM wa_monitor.lid_seen GROUP BY lid
 
+-- name: unlisted_lids
+-- LIDs that the map never showed: what we stored as a sender and judged a LID by the row, and whose drops wait.
+SELECT phone FROM wa_monitor.drop_event AS event
+WHERE stored_as = 'lid' AND phone IS NOT NULL
+  AND NOT EXISTS (SELECT FROM wa_monitor.lid_seen AS seen WHERE seen.phone = event.phone)
+UNION
+SELECT lid FROM wa_monitor.pending WHERE lid IS NOT NULL
+
 -- name: count_lid_rows
 -- How many rows hold a LID now, by project: either column, in any spelling. Here and below a value is cut to its user
 -- part as `judgement.user_part` does it: blanks, + and what follows the digits (.agent, :device, @server) are left out.

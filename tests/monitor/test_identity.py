@@ -169,7 +169,10 @@ PHONES = KNOWN.lid_of
         (None, PENDING_NAME, "pending"),
         (None, UNKNOWN_NAME, "unknown"),
         (None, "typed by hand", "unknown"),
-        ("80000000000018", "80000000000018", "unknown"),
+        ("80000000000018", "80000000000018", "lid"),  # not in the map, and no country's number
+        (None, "80000000000018", "lid"),
+        ("2348021234567", "2348021234567", "phone"),
+        ("99900000018", "99900000018", "unknown"),
         ("somebody", "somebody", "unknown"),
     ],
 )
