@@ -132,6 +132,12 @@ def test_message_whose_row_has_its_drop_and_time_changes_nothing(
         ('{"27711234567": "x"}', "no state"),
         ('{"last_check_time": "yesterday"}', "no time"),
         (json.dumps({NORTHFIELD: "3A00"}), "is not in the bridge"),
+        ("[" * 100_000, "not valid JSON"),
+        ('{"last_check_time": "0001-01-01T00:00:00Z"}', "no time"),
+        (json.dumps({NORTHFIELD: "9999-12-31T23:59:59-10:00"}), "is not in the bridge"),
+        (json.dumps({NORTHFIELD: "20251111A122530B4567"}), "is not in the bridge"),
+        (json.dumps({NORTHFIELD: "3A\0"}), "no state"),
+        (json.dumps({f"\ud800{NORTHFIELD}": "3A00"}), "no state"),
     ],
 )
 def test_state_that_cannot_be_understood_is_refused(tmp_path: Path, content: str | None, words: str) -> None:

@@ -6,12 +6,13 @@ from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
+import psycopg
 import pytest
 
 from monitor.audit import audit
 from monitor.census import lid_rows
 from monitor.database import connect
-from monitor.errors import ConfigError
+from monitor.errors import ConfigError, StoreUnavailableError
 from monitor.identity import Known
 from monitor.repair import repair, repair_some, undo
 from monitor.settings import DatabaseUrl
@@ -239,6 +240,21 @@ def test_what_an_operator_has_put_back_is_left_by_the_automatic_repair_and_not_b
         rows("INSERT INTO qa_photo_reviews (drop_number, user_name) VALUES ('DR2000001', %s)", LID)
         assert repair_some(database, KNOWN).repaired.total() == 1
         assert repair(database, KNOWN).repaired == run.repaired
+
+
+@pytest.mark.usefixtures("table")
+def test_automatic_repair_waits_within_bounds_for_a_row_that_somebody_holds(database_url: str) -> None:
+    with (
+        psycopg.connect(database_url) as reviewer,
+        closing(connect(DatabaseUrl(database_url))) as database,
+    ):
+        reviewer.execute(
+            "UPDATE qa_photo_reviews SET locked_by = 'a reviewer' WHERE drop_number = 'DR1000001'"
+        )
+        with pytest.raises(StoreUnavailableError, match="lock timeout"):
+            repair_some(database, KNOWN)
+        reviewer.rollback()
+        assert repair_some(database, KNOWN).repaired.total() > 0
 
 
 @pytest.mark.usefixtures("table")
