@@ -170,12 +170,16 @@ RETURNING drop_number::text, project::text, id::text, submitted_by::text, user_n
 
 -- name: resubmit_review
 -- The same drop again: the review starts over, its steps stay, and so does the day it counts for. The sender changes
--- only if the new one has a phone. Of several rows (one a day, as the unique key allows) the newest is meant.
+-- only if the new one has a phone; but the LID of a new one that has none does not stay, where an old system left it. Of
+-- several rows (one a day, as the unique key allows) the newest is meant.
 UPDATE public.qa_photo_reviews
 SET incomplete = false, feedback_sent = NULL, resubmitted = true, updated_at = now(),
     comment = concat_ws(E'\n', nullif(comment, ''), %(note)s::text),
-    submitted_by = coalesce(%(submitted_by)s::text, submitted_by),
-    user_name = CASE WHEN %(submitted_by)s::text IS NULL THEN user_name ELSE %(user_name)s::text END
+    submitted_by = CASE WHEN btrim(substring(submitted_by FROM '^\s*[+]?([^@:.]*)')) = %(lid)s::text THEN %(submitted_by)s::text
+                   ELSE coalesce(%(submitted_by)s::text, submitted_by) END,
+    user_name = CASE WHEN %(submitted_by)s::text IS NOT NULL
+                       OR btrim(substring(user_name FROM '^\s*[+]?([^@:.]*)')) = %(lid)s::text THEN %(user_name)s::text
+                ELSE user_name END
 WHERE id = (SELECT id FROM public.qa_photo_reviews
             WHERE drop_number = %(number)s AND project = ANY (%(projects)s)
             ORDER BY review_date DESC NULLS LAST, created_at DESC LIMIT 1)

@@ -18,8 +18,8 @@ it is tried again.
 A drop whose sender has no phone yet is stored at once: `submitted_by` stays NULL, which the dashboard knows
 from rows typed in by hand, `user_name` (NOT NULL) gets a placeholder, and the row is completed when the map
 learns the sender. A resubmission by such a sender leaves the former one in the row until then: a row shows
-the last poster who is known. A resubmission does not move `whatsapp_message_date` or `review_date`: the drop
-would count for another day.
+the last poster who is known. (His own LID, which an old system left there, is nobody known: it goes.) A
+resubmission does not move `whatsapp_message_date` or `review_date`: the drop would count for another day.
 
 A row that was there before the monitor is taken as the drop's row: a message that has its drop and its time
 already is entered and changes nothing (`known`), and so is every message that the old monitor had dealt with,
@@ -401,6 +401,7 @@ class Store:
             "projects": self.projects.names_in(drop.project.drop_space),
             "submitted_by": submitted_by,
             "user_name": user_name,
+            "lid": drop.sender.lid if isinstance(drop.sender, Lid) else None,
             "note": f"Resubmitted on WhatsApp {self._local(drop.message.sent_at)}",
         }
 

@@ -89,6 +89,35 @@ def test_resubmission_shows_the_new_sender_once_it_has_a_phone(
     assert rows(SENDERS) == [("DR1000001", *stored, True)]
 
 
+@pytest.mark.parametrize(
+    ("submitted_by", "user_name", "stored"),
+    [
+        (LATE_LID, LATE_LID, (None, PENDING_NAME)),
+        (f"{LATE_LID}:3@lid", "typed by hand", (None, "typed by hand")),
+        (PHONE, LATE_LID, (PHONE, PENDING_NAME)),
+        (PHONE, PHONE, (PHONE, PHONE)),
+    ],
+)
+def test_incident_05_resubmission_does_not_leave_the_lid_of_its_sender_in_an_old_row(
+    relay_once: RelayOnce,
+    bridge: SyntheticBridge,
+    rows: Rows,
+    table: Callable[..., None],
+    submitted_by: str,
+    user_name: str,
+    stored: tuple[str | None, str],
+) -> None:
+    table(("DR1000001", "Northfield", datetime(2026, 1, 1, tzinfo=UTC), None))
+    rows("UPDATE qa_photo_reviews SET submitted_by = %s, user_name = %s", submitted_by, user_name)
+    relay_once()
+    _post(bridge, LATE_LID, "DR1000001 fixed")
+    relay_once()
+    assert rows(SENDERS) == [("DR1000001", *stored, True)]
+    bridge.map_lid(LATE_LID, OTHER_PHONE)
+    relay_once()
+    assert rows(SENDERS)[0][1] == OTHER_PHONE
+
+
 @pytest.mark.parametrize("first", [LATE_LID, f"{LATE_LID}@lid"])
 def test_pending_sender_is_completed_when_the_map_learns_it_and_nothing_else_changes(
     bridge: SyntheticBridge, relay_once: RelayOnce, rows: Rows, first: str
