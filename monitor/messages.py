@@ -3,8 +3,8 @@
 Plain facts that the reader makes and the writer keeps, so that neither has to know the other.
 
 A message's key is its id, which is unique within its chat only. History sync may store an empty id, under
-which several messages collapse into one row; such a message is keyed by its content instead, so that the
-next one under the same empty id counts as another message.
+which several messages collapse into one row; such a message is keyed by its moment and its content instead,
+so that the next one under the same empty id counts as another message.
 """
 
 import hashlib

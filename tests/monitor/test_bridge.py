@@ -161,6 +161,22 @@ def test_empty_ids_are_told_apart_by_their_content(bridge: SyntheticBridge, read
     assert first.rows[0].key != second.rows[0].key
 
 
+def test_message_with_an_empty_id_stays_the_same_in_another_zone_and_spelling_of_its_sender(
+    bridge: SyntheticBridge, reader: Bridge
+) -> None:
+    keys = []
+    for time, sender in [
+        ("2026-11-11 12:25:30+02:00", PHONE),
+        ("2026-11-11 10:25:30+00:00", f"{PHONE}:3@s.whatsapp.net"),
+    ]:
+        _insert(bridge, id="", timestamp=time, sender=sender)
+        (row,) = reader.read_after(Place(), 10).rows
+        keys.append(row.key)
+        with closing(sqlite3.connect(bridge.messages_db, isolation_level=None)) as connection:
+            connection.execute("DELETE FROM messages")
+    assert keys[0] == keys[1]
+
+
 def test_redelivery_of_an_old_message_arrives_again(bridge: SyntheticBridge, reader: Bridge) -> None:
     _post(bridge, "old", message_id="3A")
     _post(bridge, "new", message_id="3B")

@@ -90,32 +90,34 @@ def test_resubmission_shows_the_new_sender_once_it_has_a_phone(
 
 
 @pytest.mark.parametrize(
-    ("submitted_by", "user_name", "stored"),
+    ("before", "stored"),
     [
-        (LATE_LID, LATE_LID, (None, PENDING_NAME)),
-        (f"{LATE_LID}:3@lid", "typed by hand", (None, "typed by hand")),
-        (PHONE, LATE_LID, (PHONE, PENDING_NAME)),
-        (PHONE, PHONE, (PHONE, PHONE)),
+        ((LATE_LID, LATE_LID), (None, PENDING_NAME)),
+        ((f"{LATE_LID}:3@lid", "typed by hand"), (None, "typed by hand")),
+        ((PHONE, LATE_LID), (PHONE, PENDING_NAME)),
+        ((PHONE, PHONE), (PHONE, PHONE)),
     ],
 )
 def test_incident_05_resubmission_does_not_leave_the_lid_of_its_sender_in_an_old_row(
     relay_once: RelayOnce,
     bridge: SyntheticBridge,
     rows: Rows,
-    table: Callable[..., None],
-    submitted_by: str,
-    user_name: str,
-    stored: tuple[str | None, str],
+    before: tuple[str, str],
+    stored: tuple[str, str],
 ) -> None:
-    table(("DR1000001", "Northfield", datetime(2026, 1, 1, tzinfo=UTC), None))
-    rows("UPDATE qa_photo_reviews SET submitted_by = %s, user_name = %s", submitted_by, user_name)
     relay_once()
+    rows(
+        "INSERT INTO qa_photo_reviews (drop_number, project, submitted_by, user_name)"
+        " VALUES ('DR1000001', 'Northfield', %s, %s)",
+        *before,
+    )
+    rows("INSERT INTO wa_monitor.adopted_row (review_id) SELECT id::text FROM qa_photo_reviews")
     _post(bridge, LATE_LID, "DR1000001 fixed")
     relay_once()
     assert rows(SENDERS) == [("DR1000001", *stored, True)]
     bridge.map_lid(LATE_LID, OTHER_PHONE)
     relay_once()
-    assert rows(SENDERS)[0][1] == OTHER_PHONE
+    assert rows("SELECT submitted_by FROM qa_photo_reviews") == [(OTHER_PHONE,)]
 
 
 @pytest.mark.parametrize("first", [LATE_LID, f"{LATE_LID}@lid"])
