@@ -341,6 +341,7 @@ def _parse(row: tuple[int, object, object, object, object, object, object]) -> M
     fault = fault or next(
         (fault for value in (message_id, chat, sender, content) if (fault := _fault(value))), None
     )
+    sent_at: datetime | None = None
     try:
         sent_at = _instant(raw_time)
     except ValueError as error:
@@ -348,11 +349,13 @@ def _parse(row: tuple[int, object, object, object, object, object, object]) -> M
     if message_id:
         key = _key(message_id)
     else:  # sent again, it may come with another offset and another spelling of its sender
-        moment = raw_time if fault else sent_at.astimezone(UTC).isoformat()
+        moment = raw_time if sent_at is None else sent_at.astimezone(UTC).isoformat()
         key = f"{_NO_ID}{digest(f'{moment}|{content}')}"
-    if fault is not None:
+    if fault is not None or sent_at is None:
         chat = _escaped(chat)[:_MAX_ID_CHARACTERS]
-        return Unreadable(rowid, _escaped(key), chat, digest(content), fault, _escaped(content))
+        return Unreadable(
+            rowid, _escaped(key), chat, digest(content), fault or "", _escaped(content), sent_at
+        )
     return Message(rowid, key, chat, sender, content, sent_at, bool(is_from_me))
 
 

@@ -20,6 +20,13 @@ from monitor.logs import mask_numbers
 from monitor.reconcile import Comparison
 from monitor.settings import BUSINESS_ZONE
 
+_WIDE = 400
+
+
+def _console() -> Console:
+    """Return where to print: as wide as the terminal, and without one as wide as any table."""
+    return Console() if Console().is_terminal else Console(width=_WIDE)
+
 
 def _moment(instant: datetime) -> str:
     return f"{instant.astimezone(BUSINESS_ZONE):%Y-%m-%d %H:%M:%S %Z}"
@@ -32,7 +39,7 @@ def _say(console: Console, text: str) -> None:
 
 def show_undone(undone: repair.Undone) -> None:
     """Print what an undo did, by project, and what it had to leave."""
-    console = Console()
+    console = _console()
     for project, rows in sorted(undone.restored.items()):
         _say(console, f"{rows} rows of {project or '(none)'} hold again what they held before")
     for number, project in undone.left:
@@ -43,7 +50,7 @@ def show_undone(undone: repair.Undone) -> None:
 
 def show_repair(report: repair.Report, *, full_numbers: bool) -> None:
     """Print what a repair did, by project, and what it had to leave."""
-    console = Console()
+    console = _console()
     if report.repaired:
         what = "would be repaired" if report.dry_run else f"were repaired in run {report.run_id}"
         _say(console, f"{report.repaired.total()} rows {what}:")
@@ -64,7 +71,7 @@ def show_repair(report: repair.Report, *, full_numbers: bool) -> None:
 
 def show_findings(findings: Findings, *, full_numbers: bool) -> None:
     """Print the findings: first what is wrong, then what waits."""
-    console = Console()
+    console = _console()
     if findings.standing:
         _say(console, f"LIDs stand in {sum(one.rows for one in findings.standing)} rows of the table:")
         table = Table("project", "rows", "stored by tree", "since")
@@ -116,7 +123,7 @@ def show_findings(findings: Findings, *, full_numbers: bool) -> None:
 
 def show_check(findings: Sequence[Finding]) -> None:
     """Print a line for each finding, and below what is wrong what to do about it."""
-    console = Console()
+    console = _console()
     for one in findings:
         _say(console, f"{one.state:<8} {one.check}: {one.detail}")
         if one.remedy is not None:
@@ -125,7 +132,7 @@ def show_check(findings: Sequence[Finding]) -> None:
 
 def show_explanation(found: Explanation, *, full_numbers: bool) -> None:
     """Print the rows and the messages of a drop, or that there are none."""
-    console = Console()
+    console = _console()
     if not found.seen:
         _say(console, f"{found.number}: not seen. No message of the bridge names it, and no row holds it.")
     for row in found.rows:
@@ -149,7 +156,7 @@ def show_explanation(found: Explanation, *, full_numbers: bool) -> None:
 
 def show_comparison(comparison: Comparison) -> None:
     """Print what both sides hold, and every difference."""
-    console = Console()
+    console = _console()
     _say(
         console,
         f"{comparison.messages} messages, {comparison.drops} drops; {comparison.not_read_yet} not read yet",

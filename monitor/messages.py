@@ -42,6 +42,8 @@ class Unreadable:
     content_hash: str
     reason: str
     content: str = ""
+    sent_at: datetime | None = None
+    """As in a message; None if it is the time that cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -458,8 +458,11 @@ GROUP BY 1
 ORDER BY 1
 
 -- name: audit_drops
--- What was stored since then, and how its sender was judged.
-SELECT drop_number, project, kind, stored_as, confidence, reason, stored_at, resolved_at
+-- What was stored since then, and what its sender was: judged from the row, unless the row shows somebody else meanwhile.
+SELECT drop_number, project, kind,
+       CASE WHEN stored_as = 'phone' AND (phone IS NULL OR resolved_at IS NOT NULL)
+            THEN CASE WHEN lid IS NULL THEN 'unknown' ELSE 'pending' END ELSE stored_as END,
+       confidence, reason, stored_at, resolved_at
 FROM wa_monitor.drop_event
 WHERE stored_at >= %(since)s AND kind IN ('new', 'resubmission')
 ORDER BY stored_at, drop_number
@@ -476,8 +479,11 @@ CROSS JOIN LATERAL (SELECT message.outcome, message.decided_at, letter.reason
                     OFFSET 0) AS found
 
 -- name: explain_events
--- Every message that named this drop, as it was dealt with.
-SELECT chat_jid, message_key, kind, project, sent_at, stored_at, reason, stored_as, resolved_at
+-- Every message that named this drop, as it was dealt with, and what its sender was, as above.
+SELECT chat_jid, message_key, kind, project, sent_at, stored_at, reason,
+       CASE WHEN stored_as = 'phone' AND (phone IS NULL OR resolved_at IS NOT NULL)
+            THEN CASE WHEN lid IS NULL THEN 'unknown' ELSE 'pending' END ELSE stored_as END,
+       resolved_at
 FROM wa_monitor.drop_event
 WHERE drop_number = %(number)s
 ORDER BY stored_at

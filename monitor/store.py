@@ -482,9 +482,7 @@ class Store:
                     "hashes": [one.message.content_hash for one in messages],
                     "outcomes": ["dead_letter" if one.id in dead else one.outcome for one in messages],
                     "projects": [_name(one.project) for one in messages],
-                    "sent_ats": [
-                        one.message.sent_at if isinstance(one.message, Message) else None for one in messages
-                    ],
+                    "sent_ats": [one.message.sent_at for one in messages],
                 },
             )
 

@@ -232,6 +232,6 @@ def test_audit_lists_what_was_stored_since_and_accepts_foreign_rows_on_demand(
     status, text = invoke("audit", "--since", "2026-01-01T00:00:00+02:00")
     assert status == 1
     assert "foreign_row: 1 in (none) by another writer" in text
-    assert re.search(r"DR1000001 .* new .* phone .* certain", text)
+    assert re.search(r"DR1000001 .* Northfield .* new .* phone .* certain .* in the map's phone column", text)
     status, text = invoke("audit", "--accept-foreign")
     assert (status, "1 rows of other writers were adopted" in text) == (0, True)
