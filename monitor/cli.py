@@ -168,6 +168,7 @@ def repair_lids(
                     database, reader.known(), dry_run=dry_run, since=_instant(since), progress=progress
                 )
             display.show_repair(report, full_numbers=settings.log_full_numbers)
+            raise typer.Exit(1 if report.refused else 0)
 
 
 @commands.command("audit")

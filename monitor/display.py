@@ -60,6 +60,8 @@ def show_repair(report: repair.Report, *, full_numbers: bool) -> None:
         console.print(table)
     else:
         _say(console, "No LID that the map can resolve stands in the table.")
+    for refused in report.refused:
+        _say(console, f"refused: {refused.drop_number} in {refused.project or '(none)'}: {refused.reason}")
     for row in report.unresolved:
         value = row.value if full_numbers else mask_numbers(row.value)
         _say(
@@ -93,7 +95,8 @@ def show_findings(findings: Findings, *, full_numbers: bool) -> None:
             f"{waiting.kind}: {waiting.drops} in {waiting.project} since {_moment(waiting.since)}",
         )
     for letter in findings.dead_letters:
-        _say(console, f"dead letters: {letter.messages} in {letter.project or '(none)'}: {letter.reason}")
+        reason = letter.reason if full_numbers else mask_numbers(letter.reason)
+        _say(console, f"dead letters: {letter.messages} in {letter.project or '(none)'}: {reason}")
     for row in findings.doubtful:
         value = row.value if full_numbers else mask_numbers(row.value)
         _say(

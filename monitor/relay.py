@@ -574,6 +574,10 @@ class _Writer:
             self._repair.done()
             if report.repaired:
                 log.warning("Repaired %d rows in run %s", report.repaired.total(), report.run_id)
+            for refused in report.refused:
+                log.error(
+                    "LID not repaired: %s in %s: %s", refused.drop_number, refused.project, refused.reason
+                )
 
 
 def _names(projects: Projects) -> tuple[str, ...]:

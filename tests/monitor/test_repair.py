@@ -243,6 +243,23 @@ def test_what_an_operator_has_put_back_is_left_by_the_automatic_repair_and_not_b
 
 
 @pytest.mark.usefixtures("table")
+def test_row_that_the_database_does_not_let_be_changed_is_named_and_keeps_no_other(
+    database_url: str, rows: Rows
+) -> None:
+    count = _run(database_url, dry_run=True).repaired.total()
+    rows(
+        "ALTER TABLE qa_photo_reviews ADD CONSTRAINT frozen"
+        " CHECK (drop_number <> 'DR1000000' OR submitted_by = '100000000000017')"
+    )
+    report = _run(database_url)
+    assert report.repaired.total() == count - 1
+    assert [(one.drop_number, one.project) for one in report.refused] == [("DR1000000", "Eastvale")]
+    assert "frozen" in report.refused[0].reason
+    with closing(connect(DatabaseUrl(database_url))) as database:
+        assert [one.drop_number for one in repair_some(database, KNOWN).refused] == ["DR1000000"]
+
+
+@pytest.mark.usefixtures("table")
 def test_automatic_repair_waits_within_bounds_for_a_row_that_somebody_holds(database_url: str) -> None:
     with (
         psycopg.connect(database_url) as reviewer,
