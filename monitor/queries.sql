@@ -381,7 +381,8 @@ FROM unnest(%(review_ids)s::text[], %(numbers)s::text[], %(projects)s::text[], %
             %(new_submitted_bys)s::text[], %(old_user_names)s::text[], %(new_user_names)s::text[]) AS fixed
 
 -- name: undo_repairs
--- What a run changed and nobody has changed since gets its old values back.
+-- What a run changed and nobody has written since gets its old values back. The same phone may have been written again: by
+-- a message of its owner, or by a later run after somebody else's change.
 WITH restored AS (
     UPDATE public.qa_photo_reviews AS review
     SET submitted_by = repair.old_submitted_by, user_name = repair.old_user_name
@@ -390,6 +391,13 @@ WITH restored AS (
       AND review.drop_number = repair.drop_number AND review.id::text = repair.review_id
       AND review.submitted_by IS NOT DISTINCT FROM repair.new_submitted_by
       AND review.user_name IS NOT DISTINCT FROM repair.new_user_name
+      AND NOT EXISTS (SELECT FROM wa_monitor.drop_event AS event
+                      WHERE event.review_id = repair.review_id AND event.kind IN ('new', 'resubmission')
+                        AND event.phone IS NOT NULL
+                        AND coalesce(event.resolved_at, event.stored_at) > repair.repaired_at)
+      AND NOT EXISTS (SELECT FROM wa_monitor.repair AS later
+                      WHERE later.review_id = repair.review_id AND later.undone_at IS NULL
+                        AND later.repaired_at > repair.repaired_at)
     RETURNING repair.review_id)
 UPDATE wa_monitor.repair AS repair
 SET undone_at = now()

@@ -6,8 +6,9 @@ the batch has locked (not even `updated_at`: nobody edited the review), and what
 under the run's id. One transaction for each batch: an interrupted run has repaired whole batches, and the
 next run does the rest.
 
-`undo` puts the old values of a run back, in one transaction, where its new values still stand. What somebody
-has changed since is his. What was put back stays so for the automatic repair; an operator's run repairs it.
+`undo` puts the old values of a run back, in one transaction, where its new values still stand and nobody has
+written the same ones again since. What somebody has changed since is his. What was put back stays so for the
+automatic repair; an operator's run repairs it.
 
 An operator's run also cuts the full address of a phone (another writer stored those) to its digits.
 

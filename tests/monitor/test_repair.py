@@ -12,6 +12,7 @@ import pytest
 from monitor.audit import audit
 from monitor.census import lid_rows
 from monitor.database import connect
+from monitor.demo.bridge import NORTHFIELD, SyntheticBridge
 from monitor.errors import ConfigError, StoreUnavailableError
 from monitor.identity import Known
 from monitor.repair import repair, repair_some, undo
@@ -227,6 +228,24 @@ def test_undo_restores_exactly_what_was_and_nothing_that_changed_since(database_
         after: dict[str, str] = dict(rows(everything))
         assert after == {**before, "DR1000001": changed}
         assert undo(database, run.run_id).restored.total() == 0
+
+
+@pytest.mark.usefixtures("table")
+def test_undo_leaves_a_phone_that_was_written_again_since(
+    bridge: SyntheticBridge, relay_once: Any, database_url: str, rows: Rows
+) -> None:
+    rows("INSERT INTO wa_monitor.adopted_row (review_id) SELECT id::text FROM qa_photo_reviews")
+    run = _run(database_url)
+    bridge.map_lid(LID, PHONE)
+    bridge.post(chat_jid=NORTHFIELD, sender=LID, content="DR1000000")
+    relay_once()
+    rows("UPDATE qa_photo_reviews SET submitted_by = %s WHERE drop_number = 'DR1000001'", LID)
+    again = _run(database_url)
+    with closing(connect(DatabaseUrl(database_url))) as database:
+        undone = undo(database, run.run_id)
+        assert undone.left == [("DR1000000", "Eastvale"), ("DR1000001", "Northfield")]
+        assert undo(database, again.run_id).restored.total() == 1
+    assert rows("SELECT submitted_by FROM qa_photo_reviews WHERE drop_number = 'DR1000000'") == [(PHONE,)]
 
 
 @pytest.mark.usefixtures("table")
