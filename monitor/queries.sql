@@ -234,6 +234,27 @@ SET reason = excluded.reason, tree = excluded.tree, generation = excluded.genera
 -- Which messages were refused, oldest first.
 SELECT chat_jid, message_key FROM wa_monitor.dead_letter WHERE source = %(source)s ORDER BY failed_at, message_key
 
+-- name: reopen_foreign
+-- Messages whose drop was left to another writer's row, and that row is gone: nobody has stored them, and they become dead
+-- letters, which are tried again.
+WITH gone AS (
+    DELETE FROM wa_monitor.drop_event AS event
+    WHERE source = %(source)s AND kind = 'foreign'
+      AND NOT EXISTS (SELECT FROM public.qa_photo_reviews AS review
+                      WHERE review.drop_number = event.drop_number AND review.id::text = event.review_id)
+    RETURNING chat_jid, message_key, project),
+messages AS (SELECT DISTINCT chat_jid, message_key, project FROM gone),
+letters AS (
+    INSERT INTO wa_monitor.dead_letter (source, chat_jid, message_key, project, reason, tree, generation)
+    SELECT %(source)s, messages.*, 'the row of another writer, to which it was left, is gone', %(tree)s, %(generation)s
+    FROM messages
+    ON CONFLICT DO NOTHING)
+UPDATE wa_monitor.message AS message
+SET outcome = 'dead_letter'
+FROM messages
+WHERE message.source = %(source)s AND message.chat_jid = messages.chat_jid
+  AND message.message_key = messages.message_key
+
 -- name: forget_dead_letters
 -- They could be stored, or need not be, after all.
 DELETE FROM wa_monitor.dead_letter AS letter

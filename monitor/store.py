@@ -25,7 +25,7 @@ A row that was there before the monitor is taken as the drop's row: a message th
 already is entered and changes nothing (`known`), and so is every message that the old monitor had dealt with,
 whose drop has a row. A row that neither we nor the past explain was put there by another writer. It is left
 alone, and the message is entered as `foreign`: one table, one writer, and who breaks that is to be found, not
-painted over.
+painted over. Once somebody has removed that row, its message is tried again like a dead letter.
 
 Rejected: `ON CONFLICT` on the dashboard's unique key, which changed three times and does not say what a
 resubmission is.
@@ -195,6 +195,12 @@ class Store:
     def pending(self) -> list[PendingDrop]:
         """Return the drops that wait for their sender, oldest first."""
         return [PendingDrop(*row) for row in self._database.rows("pending", {"source": self._held.source})]
+
+    def reopen_foreign(self) -> None:
+        """Make dead letters of messages that were left to another writer's row which is gone now."""
+        with self._database.patient_transaction():
+            self._lock(None)
+            self._database.run("reopen_foreign", self._code())
 
     def dead_letters(self) -> list[MessageId]:
         """Return chat and key of the messages that were refused, oldest first."""

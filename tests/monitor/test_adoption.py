@@ -184,6 +184,30 @@ def test_incident_38_row_of_another_writer_is_reported_and_never_overwritten(
     assert shown["Northfield"] == 1
 
 
+def test_drop_that_was_left_to_a_row_of_another_writer_is_stored_once_that_row_is_gone(
+    bridge: SyntheticBridge, relay_once: Any, rows: Rows
+) -> None:
+    relay_once()
+    rows(
+        "INSERT INTO qa_photo_reviews (drop_number, project, user_name)"
+        " VALUES ('DR1000001', 'Northfield', 'x')"
+    )
+    for sender, text in [(PHONE, "DR1000001 DR1000002"), ("263712345678@s.whatsapp.net", "DR1000001 fixed")]:
+        bridge.post(chat_jid=NORTHFIELD, sender=sender, content=text)
+    relay_once()
+    assert rows("SELECT kind FROM wa_monitor.drop_event ORDER BY 1") == [("foreign",), ("foreign",), ("new",)]
+    rows("DELETE FROM qa_photo_reviews WHERE user_name = 'x'")
+    relay_once()
+    relay_once()
+    assert rows("SELECT drop_number, submitted_by, resubmitted FROM qa_photo_reviews ORDER BY 1") == [
+        ("DR1000001", "263712345678", True),
+        ("DR1000002", PHONE, False),
+    ]
+    assert rows("SELECT count(*) FROM wa_monitor.dead_letter") == [(0,)]
+    assert rows("SELECT DISTINCT outcome FROM wa_monitor.message") == [("drops",)]
+    assert rows("SELECT totals -> 'messages' -> 'Northfield' FROM wa_monitor.cursor") == [(2,)]
+
+
 def test_row_of_another_writer_that_was_accepted_is_resubmitted_like_any_other(
     bridge: SyntheticBridge, relay_once: Any, rows: Rows, database_url: str
 ) -> None:
