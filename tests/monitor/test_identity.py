@@ -133,6 +133,7 @@ def test_configured_calling_code_makes_a_foreign_number_a_probable_phone() -> No
 def test_address_is_cut_to_its_user_and_server() -> None:
     assert parse_jid("27711234567.1:5@s.whatsapp.net") == identity.Jid("27711234567", "s.whatsapp.net")
     assert parse_jid("27711234567") == identity.Jid("27711234567", "")
+    assert parse_jid(" +27711234567@c.us") == identity.Jid("27711234567", "c.us")
 
 
 def test_original_bug_fits_into_the_docstring_and_is_one_line() -> None:
