@@ -672,6 +672,15 @@ def test_dropped_column_stores_nothing_and_moves_no_cursor(
     assert len(rows(SENDERS)) == 1
 
 
+def test_database_that_writes_times_in_another_style_is_named(relay_once: RelayOnce, rows: Rows) -> None:
+    relay_once()
+    rows(
+        "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET datestyle TO German', current_database()); END $$"
+    )
+    with pytest.raises(StoreSchemaError, match="DateStyle"):
+        relay_once()
+
+
 def test_column_of_another_kind_is_named(relay_once: RelayOnce, rows: Rows) -> None:
     relay_once()
     rows("ALTER TABLE qa_photo_reviews ALTER COLUMN whatsapp_message_date TYPE timestamp")
