@@ -317,6 +317,11 @@ def _explained(error: sqlite3.Error, path: Path) -> BridgeError:
         return BridgeBusyError(
             f"{path} was locked for more than {BUSY_TIMEOUT_SECONDS:.0f} s; reading is tried again"
         )
+    if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_READONLY_ROLLBACK:
+        return BridgeError(
+            f"beside {path} lies a transaction that its writer did not finish;"
+            " it is read again as soon as the bridge runs and has undone it"
+        )
     if code in _DAMAGED:
         return BridgeFormatError(
             f"{path} is no SQLite database or is damaged ({error}); check what the bridge writes"
