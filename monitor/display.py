@@ -6,7 +6,7 @@ read the JSON.
 """
 
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, tzinfo
 
 from rich.console import Console
 from rich.markup import escape
@@ -18,7 +18,6 @@ from monitor.check import Finding
 from monitor.explain import MEANINGS, Explanation
 from monitor.logs import mask_numbers
 from monitor.reconcile import Comparison
-from monitor.settings import BUSINESS_ZONE
 
 _WIDE = 400
 
@@ -28,8 +27,8 @@ def _console() -> Console:
     return Console() if Console().is_terminal else Console(width=_WIDE)
 
 
-def _moment(instant: datetime) -> str:
-    return f"{instant.astimezone(BUSINESS_ZONE):%Y-%m-%d %H:%M:%S %Z}"
+def _moment(instant: datetime, zone: tzinfo) -> str:
+    return f"{instant.astimezone(zone):%Y-%m-%d %H:%M:%S %Z}"
 
 
 def _say(console: Console, text: str) -> None:
@@ -71,14 +70,14 @@ def show_repair(report: repair.Report, *, full_numbers: bool) -> None:
         )
 
 
-def show_findings(findings: Findings, *, full_numbers: bool) -> None:
+def show_findings(findings: Findings, *, full_numbers: bool, zone: tzinfo) -> None:
     """Print the findings: first what is wrong, then what waits."""
     console = _console()
     if findings.standing:
         _say(console, f"LIDs stand in {sum(one.rows for one in findings.standing)} rows of the table:")
         table = Table("project", "rows", "stored by tree", "since")
         for one in findings.standing:
-            since = _moment(one.since) if one.since else "unknown"
+            since = _moment(one.since, zone) if one.since else "unknown"
             table.add_row(escape(one.project) or "(none)", str(one.rows), one.tree or "(no record)", since)
         console.print(table)
     else:
@@ -87,12 +86,12 @@ def show_findings(findings: Findings, *, full_numbers: bool) -> None:
         _say(
             console,
             f"stored as LID: {new.drops} in {new.project} by tree {new.tree or '(not supervised)'},"
-            f" {_moment(new.first_at)} to {_moment(new.last_at)}",
+            f" {_moment(new.first_at, zone)} to {_moment(new.last_at, zone)}",
         )
     for waiting in findings.waiting:
         _say(
             console,
-            f"{waiting.kind}: {waiting.drops} in {waiting.project} since {_moment(waiting.since)}",
+            f"{waiting.kind}: {waiting.drops} in {waiting.project} since {_moment(waiting.since, zone)}",
         )
     for letter in findings.dead_letters:
         reason = letter.reason if full_numbers else mask_numbers(letter.reason)
@@ -107,13 +106,14 @@ def show_findings(findings: Findings, *, full_numbers: bool) -> None:
         _say(
             console,
             f"foreign_row: {foreign.rows} in {foreign.project or '(none)'} by another writer,"
-            f" {_moment(foreign.first_at)} to {_moment(foreign.last_at)}; {foreign.posted} posted too",
+            f" {_moment(foreign.first_at, zone)} to {_moment(foreign.last_at, zone)};"
+            f" {foreign.posted} posted too",
         )
     if findings.fresh:
         table = Table("stored", "drop", "project", "kind", "sender", "confidence", "because")
         for drop in findings.fresh:
             table.add_row(
-                _moment(drop.stored_at),
+                _moment(drop.stored_at, zone),
                 drop.drop_number,
                 escape(drop.project),
                 drop.kind,
@@ -133,7 +133,7 @@ def show_check(findings: Sequence[Finding]) -> None:
             _say(console, f"         -> {one.remedy}")
 
 
-def show_explanation(found: Explanation, *, full_numbers: bool) -> None:
+def show_explanation(found: Explanation, *, full_numbers: bool, zone: tzinfo) -> None:
     """Print the rows and the messages of a drop, or that there are none."""
     console = _console()
     if not found.seen:
@@ -142,22 +142,22 @@ def show_explanation(found: Explanation, *, full_numbers: bool) -> None:
         sender = row.submitted_by or "nobody yet"
         _say(
             console,
-            f"{found.number}: row in {row.project or '(none)'}, made {_moment(row.created_at)}"
+            f"{found.number}: row in {row.project or '(none)'}, made {_moment(row.created_at, zone)}"
             f" ({row.origin}), submitted by {sender if full_numbers else mask_numbers(sender)}"
             + (", resubmitted" if row.resubmitted else ""),
         )
     for post in found.posts:
         chat = post.chat_jid if full_numbers else mask_numbers(post.chat_jid)
-        when = f"sent {_moment(post.sent_at)}" if post.sent_at else "without a time"
-        said = [MEANINGS[post.verdict] + (f" {_moment(post.decided_at)}" if post.decided_at else "")]
+        when = f"sent {_moment(post.sent_at, zone)}" if post.sent_at else "without a time"
+        said = [MEANINGS[post.verdict] + (f" {_moment(post.decided_at, zone)}" if post.decided_at else "")]
         said += [f"sender {post.sender_state}"] if post.sender_state else []
-        said += [f"sender known since {_moment(post.resolved_at)}"] if post.resolved_at else []
+        said += [f"sender known since {_moment(post.resolved_at, zone)}"] if post.resolved_at else []
         said += [post.reason if full_numbers else mask_numbers(post.reason)] if post.reason else []
         said += [] if post.in_bridge else ["the bridge does not have the message any more"]
         _say(console, f"{found.number}: {when} in {post.project or chat}: {'; '.join(said)}")
 
 
-def show_comparison(comparison: Comparison) -> None:
+def show_comparison(comparison: Comparison, *, zone: tzinfo) -> None:
     """Print what both sides hold, and every difference."""
     console = _console()
     _say(
@@ -166,7 +166,7 @@ def show_comparison(comparison: Comparison) -> None:
     )
     for name in ("missing", "rejected", "gone", "foreign"):
         for one in getattr(comparison, name):
-            when = f", {_moment(one.at)}" if one.at else ""
+            when = f", {_moment(one.at, zone)}" if one.at else ""
             reason = f": {mask_numbers(one.reason)}" if one.reason else ""
             _say(console, f"{name}: {one.drop_number} in {one.project or '(none)'}{when}{reason}")
     if not comparison.failed:

@@ -206,6 +206,10 @@ def test_drop_is_explained_with_numbers_masked(
     assert "stored as a new drop" in text
     assert "posted in a group that is no project" in text
     assert not re.search("[0-9]{9}", text)
+    assert " SAST" in text
+    _, text = invoke("explain", "DR1000001", WA_BUSINESS_ZONE="UTC")
+    assert " UTC" in text
+    assert " SAST" not in text
     status, text = invoke("explain", "DR1000009")
     assert (status, "not seen" in text) == (1, True)
     assert invoke("explain", "tomorrow")[0] == 2
