@@ -498,7 +498,7 @@ class Store:
         None if nothing was done: the table refuses the value, or what stands there is no phone and was put
         there before. The drop goes on waiting then, and holds up no other.
         """
-        is_phone = self._judge((phone.digits, None), known) == "phone"
+        is_phone = _judge(phone.digits, None, known, drop.sender) == "phone"
         event: dict[str, object] = {
             "source": self._held.source,
             "chat_jid": drop.chat_jid,
@@ -513,7 +513,7 @@ class Store:
         try:
             with self._database.transaction():
                 rows = self._database.rows("complete_review", event)
-                judgement = self._judge(rows[0], known) if rows else None
+                judgement = _judge(rows[0][0], rows[0][1], known, drop.sender) if rows else None
                 settled = is_phone and judgement in {None, "phone"}
                 if rows or settled:
                     self._database.run("complete_event", event)
@@ -524,10 +524,6 @@ class Store:
         except StoreRefusedError:
             return None
         return Completed(drop, phone, judgement) if rows or settled else None
-
-    @staticmethod
-    def _judge(row: Sequence[str | None], known: Known) -> Judgement:
-        return judge(*row, lids=known.lids, phones=known.lid_of)
 
     def _local(self, instant: datetime) -> str:
         return f"{instant.astimezone(self._zone):%Y-%m-%d %H:%M %Z}"
@@ -565,9 +561,21 @@ def _judged(
 ) -> StoredDrop:
     """Judge a row by what it holds after the write: its id and its two sender columns."""
     review_id, submitted_by, user_name = row
-    judgement = judge(submitted_by, user_name, lids=known.lids, phones=known.lid_of)
+    judgement = _judge(submitted_by, user_name, known, drop.message.sender)
     return StoredDrop(
         drop.message, drop.number, drop.project, drop.sender, kind, review_id, submitted_by, judgement
+    )
+
+
+def _judge(submitted_by: str | None, user_name: str | None, known: Known, sender: str) -> Judgement:
+    """Judge the two columns of a row; `sender` is what the bridge has as its message's sender."""
+    return judge(
+        submitted_by,
+        user_name,
+        lids=known.lids,
+        phones=known.lid_of,
+        past_phones=known.phones,
+        sender=sender,
     )
 
 

@@ -181,6 +181,23 @@ def test_row_is_judged_by_what_it_holds(submitted_by: str | None, user_name: str
     assert judge(submitted_by, user_name, lids=LIDS, phones=PHONES) == judgement
 
 
+@pytest.mark.parametrize(
+    ("sender", "past_phones", "judgement"),
+    [
+        ("80000000000018", (), "lid"),
+        ("80000000000018@lid", (), "lid"),
+        ("80000000000018:2@s.whatsapp.net", (), "unknown"),  # a number that no plan knows is no LID for that
+        ("100000000000033@s.whatsapp.net", (), "lid"),
+        ("80000000000018", ("80000000000018",), "unknown"),
+    ],
+)
+def test_digits_too_long_for_a_number_are_a_lid_unless_something_else_calls_them_a_phone(
+    sender: str, past_phones: tuple[str, ...], judgement: str
+) -> None:
+    row = "80000000000018", "80000000000018"
+    assert judge(*row, lids=LIDS, phones=PHONES, past_phones=past_phones, sender=sender) == judgement
+
+
 def test_judge_does_not_use_the_decision() -> None:
     from monitor import judgement  # noqa: PLC0415 -- its namespace is what is looked at
 
