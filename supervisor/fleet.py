@@ -56,6 +56,7 @@ class Running:
         adopted: it was started by an earlier image of the supervisor, and the prints of its code are not
             taken yet: it is asked for an attestation when they are.
         status: what it said of itself (STATUS=).
+        identity: what its process can be recognised by later, once that was looked up.
     """
 
     number: int
@@ -69,6 +70,7 @@ class Running:
     over: bool = False
     mute: bool = False
     status: str = ""
+    identity: processes.Identity | None = None
     manifest_file: Path | None = None
     failure: Mapping[str, Any] = field(default_factory=dict)
     look: ends.Look | None = None
@@ -398,8 +400,9 @@ class Fleet:
     @property
     def identities(self) -> dict[int, processes.Identity]:
         """Number of each generation to what its process can be recognised by later."""
-        found = {number: processes.identify(running.child.pid) for number, running in self._running.items()}
-        return {number: identity for number, identity in found.items() if identity is not None}
+        for running in self._running.values():
+            running.identity = running.identity or processes.identify(running.child.pid)
+        return {number: r.identity for number, r in self._running.items() if r.identity is not None}
 
     def datagram(self, message: Datagram) -> None:
         """Take a message of sd_notify; only a generation's own main process is heard."""
@@ -452,6 +455,8 @@ class Fleet:
                 self._metrics(running.number, frame["families"])
             case "modules":
                 self._loaded(running, frame)
+            case "pages":
+                self._zygote.written(running.child.pid, frame.get("runs"))
             case "ended":
                 running.over = True
                 if frame.get("traceless") is True and not self._lineages.has_strangers(self._helpers()):

@@ -44,6 +44,7 @@ from typing import NamedTuple
 
 from supervisor.logfile import LogFile
 from supervisor.masking import mask
+from supervisor.threads import without_signals
 
 _READ_BYTES = 65536
 _WRITE_BYTES = 4096  # PIPE_BUF
@@ -150,7 +151,8 @@ class Output:
         os.set_blocking(self._wake_reader, False)
         os.set_blocking(self._wake_writer, False)
         self._thread = threading.Thread(target=self._run, name="output", daemon=True)
-        self._thread.start()
+        with without_signals():
+            self._thread.start()
 
     # --- called by the main loop: never blocks ------------------------------------------------------------
 

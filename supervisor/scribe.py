@@ -18,6 +18,8 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
+from supervisor.threads import without_signals
+
 WAITING_LIMIT = 10_000
 
 
@@ -38,7 +40,8 @@ class Scribe:
         self._problems: dict[str, str] = {}
         # A daemon: the process may end while the disk hangs.
         self._thread = threading.Thread(target=self._run, name="scribe", daemon=True)
-        self._thread.start()
+        with without_signals():
+            self._thread.start()
 
     @property
     def errors_total(self) -> int:

@@ -71,6 +71,8 @@ from supervisor.zygote import Zygote
 log = logging.getLogger("wa-supervisor")
 
 _HOUSEKEEPING_SECONDS = 0.5
+_HOUSEKEEPING_WAITS_SECONDS = 0.25
+"""For how long at most housekeeping lets a reload go first: it takes some milliseconds."""
 _LOOP_HANGS_SECONDS = 5.0
 _SUSPECT_INTERVAL_SECONDS = 5.0
 _GATE_LOOK_SECONDS = 0.02
@@ -341,7 +343,7 @@ class Service:
         # Deciding took its time, and what follows counts times that must not run backwards.
         now = time.monotonic()
         self._count_downtime(now)
-        if now >= self._housekeeping_at:
+        if now >= self._housekeeping_due_at:
             self._housekeep(now)
         self._zygote.turn(now, idle=self._is_idle, enabled=self._settings.zygote)
         self._pipeline.overlap()
@@ -356,12 +358,17 @@ class Service:
         busy = self._pipeline.busy or self._held or state.candidate or state.draining or state.stopping
         return state.live is not None and not busy
 
+    @property
+    def _housekeeping_due_at(self) -> float:
+        hurried = self._state.candidate is not None or self._pipeline.job is not None
+        return self._housekeeping_at + (_HOUSEKEEPING_WAITS_SECONDS if hurried else 0.0)
+
     def _timeout(self) -> float:
         if self._events:
             return 0.0
         now = time.monotonic()
         times = [
-            self._housekeeping_at,
+            self._housekeeping_due_at,
             self._state.deadline(),
             self._pipeline.deadline(),
             self._succession.deadline,

@@ -57,6 +57,7 @@ from supervisor.emitter import OverflowEvent, TreeEmitter
 from supervisor.filesystems import FileSystems
 from supervisor.manifest import Tree, is_source
 from supervisor.survey import Survey, Trouble
+from supervisor.threads import without_signals
 
 log = logging.getLogger("wa-supervisor")
 
@@ -229,8 +230,9 @@ class Watcher:
         self._mailbox = queue.SimpleQueue()
         observer = BaseObserver(TreeEmitter)
         try:
-            observer.start()
-            observer.schedule(_Handler(self._mailbox, self._wake, self._canary.path), self._tree.base)
+            with without_signals():
+                observer.start()
+                observer.schedule(_Handler(self._mailbox, self._wake, self._canary.path), self._tree.base)
         except OSError as error:
             reason = f"no file events: {error.strerror or error}"
             self._failure = Trouble(reason, inotify.instances_remedy(error))

@@ -43,6 +43,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from supervisor import page
 from supervisor.errors import AddressError
+from supervisor.threads import without_signals
 
 _MAX_CONNECTIONS = 32
 _MAX_STREAMS = 8
@@ -114,7 +115,8 @@ class WebServer:
 
     def start(self) -> None:
         """Begin to answer; whoever has connected before has waited for it."""
-        self._thread.start()
+        with without_signals():
+            self._thread.start()
 
     @property
     def address(self) -> str:

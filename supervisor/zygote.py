@@ -192,6 +192,7 @@ class _Process:
         started_wall_ns: what was changed later cannot have been loaded for sure.
         compiled: sha256 and path of the sources that it was told to compile.
         ready: what it said when it had loaded all.
+        last_child: process id of what was forked from it last.
         doomed: why it is of no more use, although it may not have ended yet.
     """
 
@@ -206,6 +207,7 @@ class _Process:
     decoder: frames.Decoder = field(default_factory=frames.Decoder)
     ready: _Ready | None = None
     ready_at: float = 0.0
+    last_child: int | None = None
     doomed: str | None = None
 
 
@@ -344,6 +346,20 @@ class Zygote:
             elif process.ready is not None:
                 self._renew(process, plan.compiled)
 
+    def written(self, pid: int, runs: object) -> None:
+        """Tell it what a child has written to until it was live: the next one will write there, too.
+
+        Args:
+            pid: of the child; only what was forked last from this zygote is like what comes next.
+            runs: as it was told (:func:`supervisor.child.pages.make_own`).
+        """
+        process = self._usable
+        if process is None or process.last_child != pid or not isinstance(runs, list):
+            return
+        message = frames.encode({"type": "pages", "runs": runs})
+        if len(message) <= _MOST_BYTES:
+            self._tell(process, message)
+
     def close(self) -> None:
         """End it."""
         self._drop("stopped")
@@ -398,6 +414,7 @@ class Zygote:
                 if _begin(ahead.channel, frames.encode(first), outputs) and (pid := self._await(ahead)):
                     self._ahead = None
                     self._forks += 1
+                    process.last_child = pid
                     return pid, ahead.channel
                 reason = "it does not answer"
         self._drop(reason)
@@ -504,12 +521,16 @@ class Zygote:
         message = frames.encode({"type": "compile", "new": new, "gone": gone})
         if (new or gone) and len(message) <= _MOST_BYTES:  # Else children go on to compile it themselves.
             process.compiled = wanted
-            try:
-                sent = process.connection.send(message)
-            except OSError:
-                sent = 0
-            if sent != len(message):
-                self._drop("it does not listen")
+            self._tell(process, message)
+
+    def _tell(self, process: _Process, message: bytes) -> None:
+        """Send it what needs no answer."""
+        try:
+            sent = process.connection.send(message)
+        except OSError:
+            sent = 0
+        if sent != len(message):
+            self._drop("it does not listen")
 
     def _read(self) -> None:
         process = self._process

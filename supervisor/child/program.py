@@ -83,6 +83,7 @@ class _Channel:
         self._decoder = frames.Decoder()
         self._sending = threading.Lock()
         self._early: list[frames.Frame] = []
+        self._has_its_memory = False
         self.gate = threading.Event()
         self.begun = threading.Event()
 
@@ -174,8 +175,9 @@ class _Channel:
             case "modules":
                 compiled = sorted(pins.compiled.copy())
                 self.send({"type": "modules", "modules": _libraries(pins), "compiled": compiled})
-                if live.forked:  # It is asked when it is live: nobody waits for it now.
-                    pages.make_own()
+                if live.forked and not self._has_its_memory:  # It is live now: nobody waits for it.
+                    self._has_its_memory = True
+                    self.send({"type": "pages", "runs": pages.make_own()})
 
     def send_metrics(self) -> None:
         """Send the application's metrics, if it has any; too many of them are one that says so."""
@@ -221,6 +223,7 @@ def run(descriptor: int, plain_modules: frozenset[str], run_name: str) -> NoRetu
         _die_with(int(start["supervisor_pid"]), channel.connection)
         forked = zygote.serve(*channel.detach(), start, plain_modules)
         channel = _Channel(_socket(forked.descriptor))
+        pages.populate(forked.pages, lambda: _readable(channel.connection, 0.0))
         start = channel.start_message()
         forked.environment.write(start["variables"])
         frozen, before = forked.frozen, forked.pins

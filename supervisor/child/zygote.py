@@ -49,7 +49,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, NoReturn, Self
 
-from . import attest, frames, functions, loaded, pinned
+from . import attest, frames, functions, loaded, pages, pinned
 from .codeprint import codeprint, every
 
 PLACEHOLDERS = {"WA_TREE": "-" * 64, "WA_GENERATION": "-" * 10}
@@ -114,12 +114,14 @@ class Forked:
         environment: for what differs from child to child.
         frozen: functions of its libraries.
         pins: of the tree that the zygote was built for.
+        pages: that the child before it has written to.
     """
 
     descriptor: int
     environment: Block
     frozen: functions.Frozen
     pins: pinned.Pins
+    pages: list[pages.Run]
 
 
 def serve(
@@ -158,11 +160,15 @@ def _serve(
     frozen = functions.Frozen()
     gc.freeze()
     connection.sendall(frames.encode(_ready(first, pins, plain_modules)))
+    written: list[pages.Run] = []
     while True:
         data, descriptors, _, _ = socket.recv_fds(connection, 65536, 1, socket.MSG_CMSG_CLOEXEC)
         if not data:
             os._exit(0)
         for request in decoder.feed(data):
+            if request["type"] == "pages":
+                written = request["runs"]
+                continue
             if request["type"] == "compile":
                 _forget(request["gone"])
                 _prepare(request["new"], first["blobs"], _MOST_BYTES)
@@ -171,7 +177,7 @@ def _serve(
             if pid == 0:
                 connection.close()
                 _begin(called, seedless)
-                return Forked(descriptors[0], block, frozen, pins)
+                return Forked(descriptors[0], block, frozen, pins, written)
             connection.sendall(frames.encode({"type": "forked", "number": request["number"], "pid": pid}))
         for descriptor in descriptors:
             os.close(descriptor)

@@ -23,6 +23,7 @@ import pytest
 import supervisor
 from supervisor import control
 from supervisor.own import OwnCode
+from supervisor.reexec import SIGNALS
 from tests.supervisor.harness import SOAK, Supervised, history, until
 
 pytestmark = pytest.mark.skipif(
@@ -284,10 +285,25 @@ def test_what_cannot_be_handed_over_or_prepared_is_refused_and_everything_goes_o
     assert generation(started) == 2
 
 
-@pytest.mark.skipif(
-    not SOAK,
-    reason="fails now and then under load: the supervisor is gone before it has answered the re-exec",
-)
+def test_only_the_main_thread_takes_signals(ticking: Path, supervise: Supervise) -> None:
+    """Another one, on its way out while the main thread blocks them, would be ended, and all with it."""
+    started = supervise("main.py", cwd=ticking)
+    begun(started)
+    host, _, port = started.status()["listen"].rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=15) as connection:  # It has a thread of its own.
+        connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert connection.recv(1)
+        blocked = {
+            int(task.name): int(re.findall(r"SigBlk:\s*([0-9a-f]+)", (task / "status").read_text())[0], 16)
+            for task in Path(f"/proc/{started.process.pid}/task").iterdir()
+        }
+    main = blocked.pop(started.process.pid)
+    wanted = sum(1 << (number - 1) for number in SIGNALS)
+    assert main & wanted == 0
+    assert len(blocked) >= 5, "output, scribe, watcher, web and its connection"
+    assert {mask & wanted for mask in blocked.values()} == {wanted}
+
+
 def test_what_happens_between_two_images_is_seen_by_the_next(
     package: Path, ticking: Path, supervise: Supervise
 ) -> None:
