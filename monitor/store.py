@@ -10,10 +10,10 @@ the row holds afterwards is judged from the row (`judgement`), and only counted:
 opinion about identities.
 
 A message that PostgreSQL refuses for what it is (a constraint, a value too long) must not hold up the rest:
-the batch is tried again message by message, each in a savepoint, and that one becomes a dead letter. Before
-that the table itself is checked: one that has changed so that it takes no drop at all is nobody's dead letter
-but an error that stops the cursor. A dead letter is no verdict for ever: whenever its message is read again,
-it is tried again.
+the batch is tried again message by message, each in a savepoint, and that one drop by drop: what of it can be
+stored is, and for the rest it becomes a dead letter. Before that the table itself is checked: one that has
+changed so that it takes no drop at all is nobody's dead letter but an error that stops the cursor. A dead
+letter is no verdict for ever: whenever its message is read again, it is tried again.
 
 A drop whose sender has no phone yet is stored at once: `submitted_by` stays NULL, which the dashboard knows
 from rows typed in by hand, `user_name` (NOT NULL) gets a placeholder, and the row is completed when the map
@@ -293,17 +293,18 @@ class Store:
     def _store_drops(
         self, decided: Sequence[Decided], known: Known
     ) -> tuple[list[StoredDrop], dict[MessageId, str]]:
-        """Store the drops of all messages, or of each by itself if one of them is refused."""
+        """Store the drops of all messages, or each by itself if one of them is refused."""
         try:
             with self._database.transaction():
                 return self._write_drops(decided, known), {}
         except StoreRefusedError as error:
             self._check_table(self._database)
-            if len(decided) == 1:
+            parts = _parts(decided)
+            if len(parts) == 1:
                 return [], {decided[0].id: str(error)}
         stored: list[StoredDrop] = []
         dead: dict[MessageId, str] = {}
-        for one in decided:
+        for one in parts:
             stored_of_one, dead_of_one = self._store_drops([one], known)
             stored += stored_of_one
             dead |= dead_of_one
@@ -546,6 +547,13 @@ def _sender_columns(sender: Sender) -> tuple[str | None, str]:
     if isinstance(sender, Phone):
         return sender.digits, sender.digits
     return None, PENDING_NAME if isinstance(sender, Lid) else UNKNOWN_NAME
+
+
+def _parts(decided: Sequence[Decided]) -> Sequence[Decided]:
+    """Take messages apart: several into each, one into its drops."""
+    if len(decided) > 1:
+        return decided
+    return [replace(one, drops=(number,)) for one in decided for number in one.drops]
 
 
 def _drops(decided: Iterable[Decided]) -> Iterator[_Drop]:

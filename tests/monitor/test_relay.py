@@ -537,6 +537,29 @@ def test_drop_that_a_constraint_refuses_becomes_a_dead_letter_alone(
     assert rows("SELECT project FROM wa_monitor.dead_letter") == [("Northfield",)]
 
 
+def test_drop_that_is_refused_keeps_no_other_of_its_message_from_being_stored(
+    bridge: SyntheticBridge, relay_once: RelayOnce, rows: Rows
+) -> None:
+    relay_once()
+    rows("ALTER TABLE qa_photo_reviews ADD CONSTRAINT never CHECK (drop_number <> 'DR1000002')")
+    _post(bridge, PHONE, "DR1000001 DR1000002 DR1000003")
+    relay_once()
+    relay_once()
+    assert [row[0] for row in rows(SENDERS)] == ["DR1000001", "DR1000003"]
+    ((reason,),) = rows("SELECT reason FROM wa_monitor.dead_letter")
+    assert "never" in reason
+    rows("ALTER TABLE qa_photo_reviews DROP CONSTRAINT never")
+    relay_once()
+    relay_once()
+    assert [(row[0], row[3]) for row in rows(SENDERS)] == [
+        ("DR1000001", False),
+        ("DR1000002", False),
+        ("DR1000003", False),
+    ]
+    assert rows("SELECT count(*) FROM wa_monitor.dead_letter") == [(0,)]
+    assert rows("SELECT totals -> 'messages' -> 'Northfield' FROM wa_monitor.cursor") == [(1,)]
+
+
 def test_drop_that_a_trigger_objects_to_becomes_a_dead_letter_alone(
     bridge: SyntheticBridge, relay_once: RelayOnce, rows: Rows
 ) -> None:
