@@ -7,10 +7,12 @@ time is entered and changes no row. A file that cannot be understood is refused:
 
 Three formats exist: `last_check_time` for all groups together; by group the id of the last message, which
 is looked up in the bridge because ids have no order; by group the time of the last message as text. A time
-without an offset is taken in the business zone: the earlier reading of those that are possible.
+without an offset is taken in the business zone: the earlier reading of those that are possible. A year in
+which there was no WhatsApp (Go writes 0001 for "never") is no time.
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
@@ -19,6 +21,8 @@ from monitor.errors import ConfigError
 from monitor.messages import Message, Unreadable
 
 OVERLAP = timedelta(days=1)
+_GROUP = re.compile(r"[0-9-]{1,250}@g\.us", re.ASCII)
+_YEARS = range(2009, 2101)
 _ALL_GROUPS = ""
 
 Find = Callable[[Sequence[tuple[str, str]]], Sequence[Message | Unreadable]]
@@ -34,7 +38,7 @@ def read_state(path: Path, find: Find, zone: tzinfo) -> Mapping[str, datetime]:
         document = json.loads(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"state file {path}: {error.strerror}; check --adopt") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"state file {path}: not valid JSON; begin with --since instead") from error
     if isinstance(document, dict) and "last_check_time" in document:
         return {_ALL_GROUPS: _time(document["last_check_time"], zone, path)}
@@ -57,7 +61,8 @@ def read_state(path: Path, find: Find, zone: tzinfo) -> Mapping[str, datetime]:
 
 
 def _is_entry(chat: str, value: object) -> bool:
-    return chat.endswith("@g.us") and isinstance(value, str) and bool(value)
+    is_text = isinstance(value, str) and value != "" and value.isprintable()
+    return is_text and _GROUP.fullmatch(chat) is not None
 
 
 def _time(value: object, zone: tzinfo, path: Path) -> datetime:
@@ -69,8 +74,12 @@ def _time(value: object, zone: tzinfo, path: Path) -> datetime:
 
 def _instant(value: str, zone: tzinfo) -> datetime | None:
     """Read a time; None for what is none, that is a message id."""
+    if "-" not in value:  # an id of digits may read like a time without its dashes
+        return None
     try:
         instant = datetime.fromisoformat(value)
     except ValueError:
+        return None
+    if instant.year not in _YEARS:
         return None
     return instant if instant.tzinfo is not None else instant.replace(tzinfo=zone)

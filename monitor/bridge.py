@@ -33,7 +33,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -317,6 +317,11 @@ def _explained(error: sqlite3.Error, path: Path) -> BridgeError:
         return BridgeBusyError(
             f"{path} was locked for more than {BUSY_TIMEOUT_SECONDS:.0f} s; reading is tried again"
         )
+    if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_READONLY_ROLLBACK:
+        return BridgeError(
+            f"beside {path} lies a transaction that its writer did not finish;"
+            " it is read again as soon as the bridge runs and has undone it"
+        )
     if code in _DAMAGED:
         return BridgeFormatError(
             f"{path} is no SQLite database or is damaged ({error}); check what the bridge writes"
@@ -337,18 +342,25 @@ def _parse(row: tuple[int, object, object, object, object, object, object]) -> M
     """Turn a row into a message, or say why it is none."""
     rowid, raw_id, raw_chat, raw_sender, raw_content, raw_time, is_from_me = row
     message_id, chat, sender, content = map(_text, (raw_id, raw_chat, raw_sender, raw_content))
-    key = _key(message_id) or f"{_NO_ID}{digest(f'{raw_time}|{sender}|{content}')}"
     fault = "its chat has no usable address" if len(chat) > _MAX_ID_CHARACTERS else None
     fault = fault or next(
         (fault for value in (message_id, chat, sender, content) if (fault := _fault(value))), None
     )
+    sent_at: datetime | None = None
     try:
         sent_at = _instant(raw_time)
     except ValueError as error:
         fault = fault or str(error)
-    if fault is not None:
+    if message_id:
+        key = _key(message_id)
+    else:  # sent again, it may come with another offset and another spelling of its sender
+        moment = raw_time if sent_at is None else sent_at.astimezone(UTC).isoformat()
+        key = f"{_NO_ID}{digest(f'{moment}|{content}')}"
+    if fault is not None or sent_at is None:
         chat = _escaped(chat)[:_MAX_ID_CHARACTERS]
-        return Unreadable(rowid, _escaped(key), chat, digest(content), fault, _escaped(content))
+        return Unreadable(
+            rowid, _escaped(key), chat, digest(content), fault or "", _escaped(content), sent_at
+        )
     return Message(rowid, key, chat, sender, content, sent_at, bool(is_from_me))
 
 

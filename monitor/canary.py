@@ -79,7 +79,7 @@ def _write(database: Database, project: str) -> None:
     database.run("insert_messages", entry)
     database.run("record_messages", entry)
     database.run("record_dead_letters", {**ids, "projects": [project], "reasons": [""]})
-    phone = {"submitted_by": "27711234567", "user_name": "27711234567"}
+    phone = {"submitted_by": "27711234567", "user_name": "27711234567", "lid": None}
     database.rows_of_each(
         "resubmit_review", [{"number": _NUMBER, "projects": [project], "note": "again", **phone}]
     )

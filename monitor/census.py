@@ -2,8 +2,9 @@
 
 The rule: it only reads (an operator's adoption apart), it needs no claim on the cursor, and it counts what is
 there, whoever wrote it. A value is certainly a LID if the map lists it (or ever listed it) as one and not as
-a phone too, or if its address says so. A value that cannot be a phone and that the map does not have is
-doubtful: shown to a person, not counted as a LID.
+a phone too, if its address says so, if we stored it and it was judged one then, or if a drop of its sender
+waits for a phone. Any other value that cannot be a phone and that the map does not have is doubtful: somebody
+else's, shown to a person, not counted as a LID.
 """
 
 from dataclasses import dataclass
@@ -26,15 +27,18 @@ class Doubtful:
 
 
 def lids_of(database: Database, known: Known) -> dict[str, str | None]:
-    """Return what is certainly a LID: listed as one, now or ever, and not as a phone as well.
+    """Return what is certainly a LID: listed or judged as one, now or ever, and not listed as a phone.
 
-    With each its phone; None for one that the map has forgotten and that had several. The bridge's map is a
-    snapshot: who gets a new LID loses the old one there, and the rows that hold it are no less wrong.
+    With each its phone; None for one that the map never had, or has forgotten and that had several. The
+    bridge's map is a snapshot: who gets a new LID loses the old one there, and the rows that hold it are no
+    less wrong.
     """
     # A dry run may look at a database on which no monitor has run.
     exists = {"schema": "wa_monitor", "table": "lid_seen"}
-    seen = dict(database.rows("mappings_seen")) if database.rows("table_exists", exists)[0][0] else {}
-    listed = {**dict.fromkeys(known.lids), **seen, **known.phone_of}
+    has_run = database.rows("table_exists", exists)[0][0]
+    unlisted = [lid for (lid,) in database.rows("unlisted_lids")] if has_run else []
+    seen = dict(database.rows("mappings_seen")) if has_run else {}
+    listed = {**dict.fromkeys(unlisted), **dict.fromkeys(known.lids), **seen, **known.phone_of}
     return {lid: phone for lid, phone in listed.items() if lid not in known.lid_of}
 
 

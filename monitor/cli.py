@@ -168,6 +168,7 @@ def repair_lids(
                     database, reader.known(), dry_run=dry_run, since=_instant(since), progress=progress
                 )
             display.show_repair(report, full_numbers=settings.log_full_numbers)
+            raise typer.Exit(1 if report.refused else 0)
 
 
 @commands.command("audit")
@@ -202,7 +203,9 @@ def audit_command(
         if as_json:
             typer.echo(findings.to_json().decode())
         else:
-            display.show_findings(findings, full_numbers=settings.log_full_numbers)
+            display.show_findings(
+                findings, full_numbers=settings.log_full_numbers, zone=settings.business_zone
+            )
         raise typer.Exit(1 if findings.failed else 0)
 
 
@@ -230,7 +233,9 @@ def explain_command(
             known=reader.known(),
             source=settings.source,
         )
-        display.show_explanation(explanation, full_numbers=settings.log_full_numbers)
+        display.show_explanation(
+            explanation, full_numbers=settings.log_full_numbers, zone=settings.business_zone
+        )
         raise typer.Exit(0 if explanation.seen else 1)
 
 
@@ -261,7 +266,7 @@ def reconcile_command(
         if as_json:
             typer.echo(comparison.to_json().decode())
         else:
-            display.show_comparison(comparison)
+            display.show_comparison(comparison, zone=settings.business_zone)
         raise typer.Exit(1 if comparison.failed else 0)
 
 

@@ -151,6 +151,11 @@ class Database:
             ) from error
         except _REFUSALS as error:
             raise StoreRefusedError(_reason_of(error)) from error
+        except NotImplementedError as error:  # the driver's, which reads times in ISO style alone
+            raise StoreSchemaError(
+                f"database {self.place} writes times in a style that cannot be read;"
+                " set its DateStyle to ISO, for the database or for the user"
+            ) from error
         except psycopg.ProgrammingError as error:
             raise StoreSchemaError(
                 f"database {self.place} refuses a statement ({_first_line(error)});"

@@ -6,7 +6,7 @@ read the JSON.
 """
 
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, tzinfo
 
 from rich.console import Console
 from rich.markup import escape
@@ -18,11 +18,17 @@ from monitor.check import Finding
 from monitor.explain import MEANINGS, Explanation
 from monitor.logs import mask_numbers
 from monitor.reconcile import Comparison
-from monitor.settings import BUSINESS_ZONE
+
+_WIDE = 400
 
 
-def _moment(instant: datetime) -> str:
-    return f"{instant.astimezone(BUSINESS_ZONE):%Y-%m-%d %H:%M:%S %Z}"
+def _console() -> Console:
+    """Return where to print: as wide as the terminal, and without one as wide as any table."""
+    return Console() if Console().is_terminal else Console(width=_WIDE)
+
+
+def _moment(instant: datetime, zone: tzinfo) -> str:
+    return f"{instant.astimezone(zone):%Y-%m-%d %H:%M:%S %Z}"
 
 
 def _say(console: Console, text: str) -> None:
@@ -32,7 +38,7 @@ def _say(console: Console, text: str) -> None:
 
 def show_undone(undone: repair.Undone) -> None:
     """Print what an undo did, by project, and what it had to leave."""
-    console = Console()
+    console = _console()
     for project, rows in sorted(undone.restored.items()):
         _say(console, f"{rows} rows of {project or '(none)'} hold again what they held before")
     for number, project in undone.left:
@@ -43,7 +49,7 @@ def show_undone(undone: repair.Undone) -> None:
 
 def show_repair(report: repair.Report, *, full_numbers: bool) -> None:
     """Print what a repair did, by project, and what it had to leave."""
-    console = Console()
+    console = _console()
     if report.repaired:
         what = "would be repaired" if report.dry_run else f"were repaired in run {report.run_id}"
         _say(console, f"{report.repaired.total()} rows {what}:")
@@ -53,6 +59,8 @@ def show_repair(report: repair.Report, *, full_numbers: bool) -> None:
         console.print(table)
     else:
         _say(console, "No LID that the map can resolve stands in the table.")
+    for refused in report.refused:
+        _say(console, f"refused: {refused.drop_number} in {refused.project or '(none)'}: {refused.reason}")
     for row in report.unresolved:
         value = row.value if full_numbers else mask_numbers(row.value)
         _say(
@@ -62,14 +70,14 @@ def show_repair(report: repair.Report, *, full_numbers: bool) -> None:
         )
 
 
-def show_findings(findings: Findings, *, full_numbers: bool) -> None:
+def show_findings(findings: Findings, *, full_numbers: bool, zone: tzinfo) -> None:
     """Print the findings: first what is wrong, then what waits."""
-    console = Console()
+    console = _console()
     if findings.standing:
         _say(console, f"LIDs stand in {sum(one.rows for one in findings.standing)} rows of the table:")
         table = Table("project", "rows", "stored by tree", "since")
         for one in findings.standing:
-            since = _moment(one.since) if one.since else "unknown"
+            since = _moment(one.since, zone) if one.since else "unknown"
             table.add_row(escape(one.project) or "(none)", str(one.rows), one.tree or "(no record)", since)
         console.print(table)
     else:
@@ -78,15 +86,16 @@ def show_findings(findings: Findings, *, full_numbers: bool) -> None:
         _say(
             console,
             f"stored as LID: {new.drops} in {new.project} by tree {new.tree or '(not supervised)'},"
-            f" {_moment(new.first_at)} to {_moment(new.last_at)}",
+            f" {_moment(new.first_at, zone)} to {_moment(new.last_at, zone)}",
         )
     for waiting in findings.waiting:
         _say(
             console,
-            f"{waiting.kind}: {waiting.drops} in {waiting.project} since {_moment(waiting.since)}",
+            f"{waiting.kind}: {waiting.drops} in {waiting.project} since {_moment(waiting.since, zone)}",
         )
     for letter in findings.dead_letters:
-        _say(console, f"dead letters: {letter.messages} in {letter.project or '(none)'}: {letter.reason}")
+        reason = letter.reason if full_numbers else mask_numbers(letter.reason)
+        _say(console, f"dead letters: {letter.messages} in {letter.project or '(none)'}: {reason}")
     for row in findings.doubtful:
         value = row.value if full_numbers else mask_numbers(row.value)
         _say(
@@ -97,13 +106,14 @@ def show_findings(findings: Findings, *, full_numbers: bool) -> None:
         _say(
             console,
             f"foreign_row: {foreign.rows} in {foreign.project or '(none)'} by another writer,"
-            f" {_moment(foreign.first_at)} to {_moment(foreign.last_at)}; {foreign.posted} posted too",
+            f" {_moment(foreign.first_at, zone)} to {_moment(foreign.last_at, zone)};"
+            f" {foreign.posted} posted too",
         )
     if findings.fresh:
         table = Table("stored", "drop", "project", "kind", "sender", "confidence", "because")
         for drop in findings.fresh:
             table.add_row(
-                _moment(drop.stored_at),
+                _moment(drop.stored_at, zone),
                 drop.drop_number,
                 escape(drop.project),
                 drop.kind,
@@ -116,47 +126,47 @@ def show_findings(findings: Findings, *, full_numbers: bool) -> None:
 
 def show_check(findings: Sequence[Finding]) -> None:
     """Print a line for each finding, and below what is wrong what to do about it."""
-    console = Console()
+    console = _console()
     for one in findings:
         _say(console, f"{one.state:<8} {one.check}: {one.detail}")
         if one.remedy is not None:
             _say(console, f"         -> {one.remedy}")
 
 
-def show_explanation(found: Explanation, *, full_numbers: bool) -> None:
+def show_explanation(found: Explanation, *, full_numbers: bool, zone: tzinfo) -> None:
     """Print the rows and the messages of a drop, or that there are none."""
-    console = Console()
+    console = _console()
     if not found.seen:
         _say(console, f"{found.number}: not seen. No message of the bridge names it, and no row holds it.")
     for row in found.rows:
         sender = row.submitted_by or "nobody yet"
         _say(
             console,
-            f"{found.number}: row in {row.project or '(none)'}, made {_moment(row.created_at)}"
+            f"{found.number}: row in {row.project or '(none)'}, made {_moment(row.created_at, zone)}"
             f" ({row.origin}), submitted by {sender if full_numbers else mask_numbers(sender)}"
             + (", resubmitted" if row.resubmitted else ""),
         )
     for post in found.posts:
         chat = post.chat_jid if full_numbers else mask_numbers(post.chat_jid)
-        when = f"sent {_moment(post.sent_at)}" if post.sent_at else "without a time"
-        said = [MEANINGS[post.verdict] + (f" {_moment(post.decided_at)}" if post.decided_at else "")]
+        when = f"sent {_moment(post.sent_at, zone)}" if post.sent_at else "without a time"
+        said = [MEANINGS[post.verdict] + (f" {_moment(post.decided_at, zone)}" if post.decided_at else "")]
         said += [f"sender {post.sender_state}"] if post.sender_state else []
-        said += [f"sender known since {_moment(post.resolved_at)}"] if post.resolved_at else []
+        said += [f"sender known since {_moment(post.resolved_at, zone)}"] if post.resolved_at else []
         said += [post.reason if full_numbers else mask_numbers(post.reason)] if post.reason else []
         said += [] if post.in_bridge else ["the bridge does not have the message any more"]
         _say(console, f"{found.number}: {when} in {post.project or chat}: {'; '.join(said)}")
 
 
-def show_comparison(comparison: Comparison) -> None:
+def show_comparison(comparison: Comparison, *, zone: tzinfo) -> None:
     """Print what both sides hold, and every difference."""
-    console = Console()
+    console = _console()
     _say(
         console,
         f"{comparison.messages} messages, {comparison.drops} drops; {comparison.not_read_yet} not read yet",
     )
     for name in ("missing", "rejected", "gone", "foreign"):
         for one in getattr(comparison, name):
-            when = f", {_moment(one.at)}" if one.at else ""
+            when = f", {_moment(one.at, zone)}" if one.at else ""
             reason = f": {mask_numbers(one.reason)}" if one.reason else ""
             _say(console, f"{name}: {one.drop_number} in {one.project or '(none)'}{when}{reason}")
     if not comparison.failed:

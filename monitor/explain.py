@@ -21,7 +21,6 @@ from monitor.decision import Decided, Decider, MessageId
 from monitor.drops import find_drops
 from monitor.identity import Known
 from monitor.ledger import Beginning, LedgerEntry, fate, ledger_entries
-from monitor.messages import Message
 
 MEANINGS = {
     "new": "stored as a new drop",
@@ -32,7 +31,7 @@ MEANINGS = {
     "other_chat": "posted in a group that is no project",
     "disabled_project": "posted in the group of a project that is not enabled",
     "own_message": "sent by the bridge's own account",
-    "no_drop": "written in a way that does not count as a drop, or edited since",
+    "no_drop": "written in a way that does not count as a drop, or edited later; read",
     "before_start": "sent before the time from which on messages are read",
     "not_read_yet": "the monitor has not read it yet",
     "missing": "read, and stored nowhere: this must not be",
@@ -141,7 +140,7 @@ def _not_stored(one: Decided, verdict: str, entry: LedgerEntry | None) -> Post:
         key=message.key,
         verdict=verdict,
         project=None if one.project is None else one.project.name,
-        sent_at=message.sent_at if isinstance(message, Message) else None,
+        sent_at=message.sent_at,
         decided_at=None if entry is None else entry.decided_at,
         reason=None if entry is None else entry.reason,
     )

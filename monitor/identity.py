@@ -122,9 +122,9 @@ class Jid:
 
 
 def parse_jid(text: str) -> Jid:
-    """Split `user[.agent][:device]@server`; agent and device name a handset and are dropped."""
+    """Split `user[.agent][:device]@server`; agent and device name a handset and are dropped, as is a `+`."""
     user, _, server = text.strip().partition("@")
-    user = user.partition(":")[0].partition(".")[0]
+    user = user.removeprefix("+").partition(":")[0].partition(".")[0]
     return Jid(user, server.lower())
 
 

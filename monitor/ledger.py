@@ -59,7 +59,7 @@ class Beginning:
             return False
         handled = self.handled.get(row.chat_jid)
         since = self.since if handled is None else handled - OVERLAP
-        return since is not None and isinstance(row, Message) and row.sent_at < since
+        return since is not None and row.sent_at is not None and row.sent_at < since
 
 
 def ledger_entries(database: Database, source: str, ids: Sequence[MessageId]) -> dict[MessageId, LedgerEntry]:

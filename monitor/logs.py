@@ -1,8 +1,9 @@
 """The log: one line an event on stdout, in which no number can be read unless the operator asked for it.
 
 The rule: masking happens in the one formatter through which every line goes, not where lines are written, so
-that a new log call, or an error text that quotes a value, cannot forget it. Anything with nine or more
-digits in a row is a number; drop numbers have eight at most.
+that a new log call, or an error text that quotes a value, cannot forget it. Nine or more digits in a row are
+a number, and so are eight that stand alone: drop numbers begin with letters, the id of a repair goes on with
+one.
 
 With `LOG_FILE` every line goes to that file as well. It survives rotation: a file that was renamed, removed
 or replaced is opened anew at the next line, as logrotate's default mode wants it; and a disk that is full
@@ -24,7 +25,7 @@ from typing import TextIO
 from monitor.errors import ConfigError
 
 # Digits of any script: a person's number in full-width digits is still one.
-_NUMBER = re.compile(r"(?<![0-9A-Za-z])\d{9,}")
+_NUMBER = re.compile(r"(?<![0-9A-Za-z])(?:\d{9,}|\d{8}(?![0-9A-Za-z]))")
 _SHOWN_FIRST = 2
 _SHOWN_LAST = 3
 

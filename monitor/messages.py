@@ -3,8 +3,8 @@
 Plain facts that the reader makes and the writer keeps, so that neither has to know the other.
 
 A message's key is its id, which is unique within its chat only. History sync may store an empty id, under
-which several messages collapse into one row; such a message is keyed by its content instead, so that the
-next one under the same empty id counts as another message.
+which several messages collapse into one row; such a message is keyed by its moment and its content instead,
+so that the next one under the same empty id counts as another message.
 """
 
 import hashlib
@@ -42,6 +42,8 @@ class Unreadable:
     content_hash: str
     reason: str
     content: str = ""
+    sent_at: datetime | None = None
+    """As in a message; None if it is the time that cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)

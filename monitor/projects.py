@@ -113,7 +113,7 @@ def parse_projects(content: bytes, path: Path) -> Projects:
     try:
         document = yaml.load(content, Loader=_Loader)  # noqa: S506 -- a safe loader
     except yaml.YAMLError as error:
-        raise ConfigError(f"projects file {path}: not valid YAML: {_yaml_fault(error)}") from error
+        raise ConfigError(f"projects file {path}: not valid YAML: {_yaml_fault(error, content)}") from error
     except RecursionError as error:
         raise ConfigError(f"projects file {path}: not valid YAML: it is nested too deeply") from error
     except UnicodeDecodeError as error:
@@ -170,18 +170,24 @@ def describe_fault(error: msgspec.ValidationError) -> str:
     return f"{place}: {finding}" if place else finding
 
 
-def _yaml_fault(error: yaml.YAMLError) -> str:
+def _yaml_fault(error: yaml.YAMLError, content: bytes) -> str:
     """Return the parser's finding as one line, with the line number where it has one."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f"line {error.problem_mark.line + 1}: {error.problem}"
+    if isinstance(error, yaml.reader.ReaderError):
+        line = content[: error.position].count(b"\n") + 1
+        return f"line {line}: a character that YAML does not allow"
     return " ".join(str(error).split())
 
 
 def _line(content: bytes, fault: str) -> str:
-    """Return `line N: ` for a fault that begins with its place, `projects[1].enabled: ...`; else nothing."""
+    """Return `line N: ` for a fault that begins with its place, `projects[1].enabled: ...`.
+
+    A fault of the whole file is in the line where its content begins; an empty one has no line.
+    """
     place = fault.partition(": ")[0]
     node = yaml.compose(content, Loader=yaml.SafeLoader)
-    line = 0
+    line = 0 if node is None else node.start_mark.line + 1
     for step in _STEP.findall(place):
         if isinstance(node, yaml.SequenceNode) and step.isdigit() and int(step) < len(node.value):
             node = node.value[int(step)]

@@ -170,12 +170,16 @@ RETURNING drop_number::text, project::text, id::text, submitted_by::text, user_n
 
 -- name: resubmit_review
 -- The same drop again: the review starts over, its steps stay, and so does the day it counts for. The sender changes
--- only if the new one has a phone. Of several rows (one a day, as the unique key allows) the newest is meant.
+-- only if the new one has a phone; but the LID of a new one that has none does not stay, where an old system left it. Of
+-- several rows (one a day, as the unique key allows) the newest is meant.
 UPDATE public.qa_photo_reviews
 SET incomplete = false, feedback_sent = NULL, resubmitted = true, updated_at = now(),
     comment = concat_ws(E'\n', nullif(comment, ''), %(note)s::text),
-    submitted_by = coalesce(%(submitted_by)s::text, submitted_by),
-    user_name = CASE WHEN %(submitted_by)s::text IS NULL THEN user_name ELSE %(user_name)s::text END
+    submitted_by = CASE WHEN btrim(substring(submitted_by FROM '^\s*[+]?([^@:.]*)')) = %(lid)s::text THEN %(submitted_by)s::text
+                   ELSE coalesce(%(submitted_by)s::text, submitted_by) END,
+    user_name = CASE WHEN %(submitted_by)s::text IS NOT NULL
+                       OR btrim(substring(user_name FROM '^\s*[+]?([^@:.]*)')) = %(lid)s::text THEN %(user_name)s::text
+                ELSE user_name END
 WHERE id = (SELECT id FROM public.qa_photo_reviews
             WHERE drop_number = %(number)s AND project = ANY (%(projects)s)
             ORDER BY review_date DESC NULLS LAST, created_at DESC LIMIT 1)
@@ -229,6 +233,27 @@ SET reason = excluded.reason, tree = excluded.tree, generation = excluded.genera
 -- name: dead_letters
 -- Which messages were refused, oldest first.
 SELECT chat_jid, message_key FROM wa_monitor.dead_letter WHERE source = %(source)s ORDER BY failed_at, message_key
+
+-- name: reopen_foreign
+-- Messages whose drop was left to another writer's row, and that row is gone: nobody has stored them, and they become dead
+-- letters, which are tried again.
+WITH gone AS (
+    DELETE FROM wa_monitor.drop_event AS event
+    WHERE source = %(source)s AND kind = 'foreign'
+      AND NOT EXISTS (SELECT FROM public.qa_photo_reviews AS review
+                      WHERE review.drop_number = event.drop_number AND review.id::text = event.review_id)
+    RETURNING chat_jid, message_key, project),
+messages AS (SELECT DISTINCT chat_jid, message_key, project FROM gone),
+letters AS (
+    INSERT INTO wa_monitor.dead_letter (source, chat_jid, message_key, project, reason, tree, generation)
+    SELECT %(source)s, messages.*, 'the row of another writer, to which it was left, is gone', %(tree)s, %(generation)s
+    FROM messages
+    ON CONFLICT DO NOTHING)
+UPDATE wa_monitor.message AS message
+SET outcome = 'dead_letter'
+FROM messages
+WHERE message.source = %(source)s AND message.chat_jid = messages.chat_jid
+  AND message.message_key = messages.message_key
 
 -- name: forget_dead_letters
 -- They could be stored, or need not be, after all.
@@ -291,6 +316,14 @@ SELECT lid, phone FROM wa_monitor.lid_seen
 -- name: mappings_seen
 -- Every LID that the bridge ever showed, and its phone if there was never another.
 SELECT lid, CASE WHEN count(*) = 1 THEN min(phone) END FROM wa_monitor.lid_seen GROUP BY lid
+
+-- name: unlisted_lids
+-- LIDs that the map never showed: what we stored as a sender and judged a LID by the row, and whose drops wait.
+SELECT phone FROM wa_monitor.drop_event AS event
+WHERE stored_as = 'lid' AND phone IS NOT NULL
+  AND NOT EXISTS (SELECT FROM wa_monitor.lid_seen AS seen WHERE seen.phone = event.phone)
+UNION
+SELECT lid FROM wa_monitor.pending WHERE lid IS NOT NULL
 
 -- name: count_lid_rows
 -- How many rows hold a LID now, by project: either column, in any spelling. Here and below a value is cut to its user
@@ -369,7 +402,8 @@ FROM unnest(%(review_ids)s::text[], %(numbers)s::text[], %(projects)s::text[], %
             %(new_submitted_bys)s::text[], %(old_user_names)s::text[], %(new_user_names)s::text[]) AS fixed
 
 -- name: undo_repairs
--- What a run changed and nobody has changed since gets its old values back.
+-- What a run changed and nobody has written since gets its old values back. The same phone may have been written again: by
+-- a message of its owner, or by a later run after somebody else's change.
 WITH restored AS (
     UPDATE public.qa_photo_reviews AS review
     SET submitted_by = repair.old_submitted_by, user_name = repair.old_user_name
@@ -378,6 +412,13 @@ WITH restored AS (
       AND review.drop_number = repair.drop_number AND review.id::text = repair.review_id
       AND review.submitted_by IS NOT DISTINCT FROM repair.new_submitted_by
       AND review.user_name IS NOT DISTINCT FROM repair.new_user_name
+      AND NOT EXISTS (SELECT FROM wa_monitor.drop_event AS event
+                      WHERE event.review_id = repair.review_id AND event.kind IN ('new', 'resubmission')
+                        AND event.phone IS NOT NULL
+                        AND coalesce(event.resolved_at, event.stored_at) > repair.repaired_at)
+      AND NOT EXISTS (SELECT FROM wa_monitor.repair AS later
+                      WHERE later.review_id = repair.review_id AND later.undone_at IS NULL
+                        AND later.repaired_at > repair.repaired_at)
     RETURNING repair.review_id)
 UPDATE wa_monitor.repair AS repair
 SET undone_at = now()
@@ -446,8 +487,11 @@ GROUP BY 1
 ORDER BY 1
 
 -- name: audit_drops
--- What was stored since then, and how its sender was judged.
-SELECT drop_number, project, kind, stored_as, confidence, reason, stored_at, resolved_at
+-- What was stored since then, and what its sender was: judged from the row, unless the row shows somebody else meanwhile.
+SELECT drop_number, project, kind,
+       CASE WHEN stored_as = 'phone' AND (phone IS NULL OR resolved_at IS NOT NULL)
+            THEN CASE WHEN lid IS NULL THEN 'unknown' ELSE 'pending' END ELSE stored_as END,
+       confidence, reason, stored_at, resolved_at
 FROM wa_monitor.drop_event
 WHERE stored_at >= %(since)s AND kind IN ('new', 'resubmission')
 ORDER BY stored_at, drop_number
@@ -464,8 +508,11 @@ CROSS JOIN LATERAL (SELECT message.outcome, message.decided_at, letter.reason
                     OFFSET 0) AS found
 
 -- name: explain_events
--- Every message that named this drop, as it was dealt with.
-SELECT chat_jid, message_key, kind, project, sent_at, stored_at, reason, stored_as, resolved_at
+-- Every message that named this drop, as it was dealt with, and what its sender was, as above.
+SELECT chat_jid, message_key, kind, project, sent_at, stored_at, reason,
+       CASE WHEN stored_as = 'phone' AND (phone IS NULL OR resolved_at IS NOT NULL)
+            THEN CASE WHEN lid IS NULL THEN 'unknown' ELSE 'pending' END ELSE stored_as END,
+       resolved_at
 FROM wa_monitor.drop_event
 WHERE drop_number = %(number)s
 ORDER BY stored_at

@@ -21,7 +21,6 @@ from monitor.database import Database
 from monitor.decision import Decided, Decider
 from monitor.identity import Known
 from monitor.ledger import Beginning, fate, ledger_entries
-from monitor.messages import Message
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +82,7 @@ def _is_meant(one: Decided, since: datetime | None) -> bool:
     """Tell whether a message is of an enabled project and not too old; a time that is none is never old."""
     if one.project is None or not one.project.enabled:
         return False
-    return since is None or not isinstance(one.message, Message) or one.message.sent_at >= since
+    return since is None or one.message.sent_at is None or one.message.sent_at >= since
 
 
 def _compare(
@@ -119,7 +118,6 @@ def _numbers(one: Decided) -> Sequence[str]:
 
 
 def _differences(one: Decided, numbers: Sequence[str], reason: str) -> Iterator[Difference]:
-    sent_at = one.message.sent_at if isinstance(one.message, Message) else None
     project = "" if one.project is None else one.project.name
     for number in numbers:
-        yield Difference(number, project, sent_at, reason)
+        yield Difference(number, project, one.message.sent_at, reason)

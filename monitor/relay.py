@@ -412,13 +412,15 @@ class _Writer:
     def retry_dead_letters(self) -> None:
         """Try once more what was refused, as far as it is not read again anyway.
 
-        What was refused may have been the table's fault, or a former version's.
+        What was refused may have been the table's fault, or a former version's. What was left to another
+        writer's row, which somebody has removed since, is tried as well.
         """
+        self._store.reopen_foreign()
         ids = self._store.dead_letters()
         known = self._learnt()
         for first in range(0, len(ids), BATCH_MESSAGES):
             found = self._bridge.find(ids[first : first + BATCH_MESSAGES])
-            rows = [row for row in found if row.rowid <= self._place.rowid]
+            rows = sorted((row for row in found if row.rowid <= self._place.rowid), key=lambda row: row.rowid)
             if rows:
                 self._store_rows(rows, self._place, known)
             self._notifier.alive()
@@ -589,6 +591,10 @@ class _Writer:
             self._repair.done()
             if report.repaired:
                 log.warning("Repaired %d rows in run %s", report.repaired.total(), report.run_id)
+            for refused in report.refused:
+                log.error(
+                    "LID not repaired: %s in %s: %s", refused.drop_number, refused.project, refused.reason
+                )
 
 
 def _names(projects: Projects) -> tuple[str, ...]:

@@ -6,12 +6,14 @@ the batch has locked (not even `updated_at`: nobody edited the review), and what
 under the run's id. One transaction for each batch: an interrupted run has repaired whole batches, and the
 next run does the rest.
 
-`undo` puts the old values of a run back, in one transaction, where its new values still stand. What somebody
-has changed since is his. What was put back stays so for the automatic repair; an operator's run repairs it.
+`undo` puts the old values of a run back, in one transaction, where its new values still stand and nobody has
+written the same ones again since. What somebody has changed since is his. What was put back stays so for the
+automatic repair; an operator's run repairs it.
 
 An operator's run also cuts the full address of a phone (another writer stored those) to its digits.
 
-Nothing is guessed. What looks like a LID and is not in the map is listed, for a person.
+Nothing is guessed. What looks like a LID and is not in the map is listed, for a person; and so is a row that
+the database does not let be changed, which keeps no other from being repaired.
 
 Rejected: repairing through the relay's own resolver. The value in question went through it once already.
 """
@@ -26,7 +28,7 @@ from typing import Any
 
 from monitor.census import Doubtful, doubtful_rows, lids_of
 from monitor.database import Database
-from monitor.errors import ConfigError
+from monitor.errors import ConfigError, StoreRefusedError
 from monitor.identity import Known
 from monitor.judgement import user_part
 
@@ -53,6 +55,15 @@ class Repaired:
     new_user_name: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A row that the database does not let be repaired, and why."""
+
+    drop_number: str
+    project: str
+    reason: str
+
+
 @dataclass
 class Report:
     """What a run did."""
@@ -61,6 +72,7 @@ class Report:
     dry_run: bool
     repaired: Counter[str] = field(default_factory=Counter)
     """Rows by project."""
+    refused: list[Refused] = field(default_factory=list)
     unresolved: list[Doubtful] = field(default_factory=list)
 
 
@@ -90,9 +102,7 @@ def repair(
     resolve = _Resolver.of(database, known, addresses=True)
     found = _find(database, resolve, since)
     done = 0
-    for batch in (
-        [_repaired(found, resolve)] if dry_run else _batches(database, found, resolve, report.run_id)
-    ):
+    for batch in [_repaired(found, resolve)] if dry_run else _batches(database, found, resolve, report):
         report.repaired.update(row.project for row in batch)
         done += len(batch)
         progress(done, len(found))
@@ -107,8 +117,10 @@ def repair_some(database: Database, known: Known) -> Report:
     with database.patient_transaction():
         put_back = set(database.rows("rows_put_back"))
         found = [row for row in _find(database, resolve) if (row[0], row[3], row[4]) not in put_back]
-    for batch in _batches(database, found[:_BATCH_ROWS], resolve, report.run_id):
-        report.repaired.update(row.project for row in batch)
+    # A row that a reviewer has locked is waited for within bounds: the messages must not wait for him.
+    with database.patient_transaction():
+        for batch in _batches(database, found[:_BATCH_ROWS], resolve, report):
+            report.repaired.update(row.project for row in batch)
     return report
 
 
@@ -156,15 +168,30 @@ def _find(database: Database, resolve: _Resolver, since: datetime | None = None)
 
 
 def _batches(
-    database: Database, found: Sequence[Sequence[Any]], resolve: _Resolver, run_id: str
+    database: Database, found: Sequence[Sequence[Any]], resolve: _Resolver, report: Report
 ) -> Iterator[list[Repaired]]:
     """Yield the rows of each batch once they are repaired and committed."""
     for first in range(0, len(found), _BATCH_ROWS):
-        part = found[first : first + _BATCH_ROWS]
+        yield from _halved(database, found[first : first + _BATCH_ROWS], resolve, report)
+
+
+def _halved(
+    database: Database, part: Sequence[Sequence[Any]], resolve: _Resolver, report: Report
+) -> Iterator[list[Repaired]]:
+    """Repair these rows in one transaction, or each half by itself, until what is refused is alone."""
+    try:
         with database.transaction():
             asked = {"review_ids": [row[0] for row in part], "numbers": [row[1] for row in part]}
             batch = _repaired(database.rows("lock_rows", asked), resolve)
-            _apply(database, batch, run_id)
+            _apply(database, batch, report.run_id)
+    except StoreRefusedError as error:
+        if len(part) == 1:
+            report.refused.append(Refused(part[0][1], part[0][2], str(error)))
+            return
+        middle = len(part) // 2
+        for half in (part[:middle], part[middle:]):
+            yield from _halved(database, half, resolve, report)
+    else:
         yield batch
 
 

@@ -30,6 +30,9 @@ BUSINESS_ZONE: tzinfo = timezone(timedelta(hours=2), "SAST")
 _BUSINESS_ZONE_NAME = "Africa/Johannesburg"
 DEFAULT_SOURCE = "bridge"
 _MAX_PORT = 65535
+# Beyond lie typing errors, and at the ends of the calendar times that can be written and not read again.
+_FIRST_YEAR = 1970
+_LAST_YEAR = 2100
 
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 _Positive = Annotated[float, msgspec.Meta(gt=0)]
@@ -210,6 +213,11 @@ def parse_since(value: str) -> Since:
         ) from None
     if instant.tzinfo is None:
         raise ConfigError(f"--since {value} has no offset; write {instant.isoformat()}+02:00, or Z for UTC")
+    if not _FIRST_YEAR <= instant.year <= _LAST_YEAR:
+        raise ConfigError(
+            f"--since {value} is outside the years {_FIRST_YEAR} to {_LAST_YEAR};"
+            " write `beginning` for everything"
+        )
     return Since(instant)
 
 

@@ -10,22 +10,22 @@ the row holds afterwards is judged from the row (`judgement`), and only counted:
 opinion about identities.
 
 A message that PostgreSQL refuses for what it is (a constraint, a value too long) must not hold up the rest:
-the batch is tried again message by message, each in a savepoint, and that one becomes a dead letter. Before
-that the table itself is checked: one that has changed so that it takes no drop at all is nobody's dead letter
-but an error that stops the cursor. A dead letter is no verdict for ever: whenever its message is read again,
-it is tried again.
+the batch is tried again message by message, each in a savepoint, and that one drop by drop: what of it can be
+stored is, and for the rest it becomes a dead letter. Before that the table itself is checked: one that has
+changed so that it takes no drop at all is nobody's dead letter but an error that stops the cursor. A dead
+letter is no verdict for ever: whenever its message is read again, it is tried again.
 
 A drop whose sender has no phone yet is stored at once: `submitted_by` stays NULL, which the dashboard knows
 from rows typed in by hand, `user_name` (NOT NULL) gets a placeholder, and the row is completed when the map
 learns the sender. A resubmission by such a sender leaves the former one in the row until then: a row shows
-the last poster who is known. A resubmission does not move `whatsapp_message_date` or `review_date`: the drop
-would count for another day.
+the last poster who is known. (His own LID, which an old system left there, is nobody known: it goes.) A
+resubmission does not move `whatsapp_message_date` or `review_date`: the drop would count for another day.
 
 A row that was there before the monitor is taken as the drop's row: a message that has its drop and its time
 already is entered and changes nothing (`known`), and so is every message that the old monitor had dealt with,
 whose drop has a row. A row that neither we nor the past explain was put there by another writer. It is left
 alone, and the message is entered as `foreign`: one table, one writer, and who breaks that is to be found, not
-painted over.
+painted over. Once somebody has removed that row, its message is tried again like a dead letter.
 
 Rejected: `ON CONFLICT` on the dashboard's unique key, which changed three times and does not say what a
 resubmission is.
@@ -196,6 +196,12 @@ class Store:
         """Return the drops that wait for their sender, oldest first."""
         return [PendingDrop(*row) for row in self._database.rows("pending", {"source": self._held.source})]
 
+    def reopen_foreign(self) -> None:
+        """Make dead letters of messages that were left to another writer's row which is gone now."""
+        with self._database.patient_transaction():
+            self._lock(None)
+            self._database.run("reopen_foreign", self._code())
+
     def dead_letters(self) -> list[MessageId]:
         """Return chat and key of the messages that were refused, oldest first."""
         return [(chat, key) for chat, key in self._database.rows("dead_letters", self._ids([]))]
@@ -287,17 +293,18 @@ class Store:
     def _store_drops(
         self, decided: Sequence[Decided], known: Known
     ) -> tuple[list[StoredDrop], dict[MessageId, str]]:
-        """Store the drops of all messages, or of each by itself if one of them is refused."""
+        """Store the drops of all messages, or each by itself if one of them is refused."""
         try:
             with self._database.transaction():
                 return self._write_drops(decided, known), {}
         except StoreRefusedError as error:
             self._check_table(self._database)
-            if len(decided) == 1:
+            parts = _parts(decided)
+            if len(parts) == 1:
                 return [], {decided[0].id: str(error)}
         stored: list[StoredDrop] = []
         dead: dict[MessageId, str] = {}
-        for one in decided:
+        for one in parts:
             stored_of_one, dead_of_one = self._store_drops([one], known)
             stored += stored_of_one
             dead |= dead_of_one
@@ -401,6 +408,7 @@ class Store:
             "projects": self.projects.names_in(drop.project.drop_space),
             "submitted_by": submitted_by,
             "user_name": user_name,
+            "lid": drop.sender.lid if isinstance(drop.sender, Lid) else None,
             "note": f"Resubmitted on WhatsApp {self._local(drop.message.sent_at)}",
         }
 
@@ -481,9 +489,7 @@ class Store:
                     "hashes": [one.message.content_hash for one in messages],
                     "outcomes": ["dead_letter" if one.id in dead else one.outcome for one in messages],
                     "projects": [_name(one.project) for one in messages],
-                    "sent_ats": [
-                        one.message.sent_at if isinstance(one.message, Message) else None for one in messages
-                    ],
+                    "sent_ats": [one.message.sent_at for one in messages],
                 },
             )
 
@@ -493,7 +499,7 @@ class Store:
         None if nothing was done: the table refuses the value, or what stands there is no phone and was put
         there before. The drop goes on waiting then, and holds up no other.
         """
-        is_phone = self._judge((phone.digits, None), known) == "phone"
+        is_phone = _judge(phone.digits, None, known, drop.sender) == "phone"
         event: dict[str, object] = {
             "source": self._held.source,
             "chat_jid": drop.chat_jid,
@@ -508,7 +514,7 @@ class Store:
         try:
             with self._database.transaction():
                 rows = self._database.rows("complete_review", event)
-                judgement = self._judge(rows[0], known) if rows else None
+                judgement = _judge(rows[0][0], rows[0][1], known, drop.sender) if rows else None
                 settled = is_phone and judgement in {None, "phone"}
                 if rows or settled:
                     self._database.run("complete_event", event)
@@ -519,10 +525,6 @@ class Store:
         except StoreRefusedError:
             return None
         return Completed(drop, phone, judgement) if rows or settled else None
-
-    @staticmethod
-    def _judge(row: Sequence[str | None], known: Known) -> Judgement:
-        return judge(*row, lids=known.lids, phones=known.lid_of)
 
     def _local(self, instant: datetime) -> str:
         return f"{instant.astimezone(self._zone):%Y-%m-%d %H:%M %Z}"
@@ -547,6 +549,13 @@ def _sender_columns(sender: Sender) -> tuple[str | None, str]:
     return None, PENDING_NAME if isinstance(sender, Lid) else UNKNOWN_NAME
 
 
+def _parts(decided: Sequence[Decided]) -> Sequence[Decided]:
+    """Take messages apart: several into each, one into its drops."""
+    if len(decided) > 1:
+        return decided
+    return [replace(one, drops=(number,)) for one in decided for number in one.drops]
+
+
 def _drops(decided: Iterable[Decided]) -> Iterator[_Drop]:
     """Yield the drops of messages that have a project and a sender."""
     for one in decided:
@@ -560,9 +569,21 @@ def _judged(
 ) -> StoredDrop:
     """Judge a row by what it holds after the write: its id and its two sender columns."""
     review_id, submitted_by, user_name = row
-    judgement = judge(submitted_by, user_name, lids=known.lids, phones=known.lid_of)
+    judgement = _judge(submitted_by, user_name, known, drop.message.sender)
     return StoredDrop(
         drop.message, drop.number, drop.project, drop.sender, kind, review_id, submitted_by, judgement
+    )
+
+
+def _judge(submitted_by: str | None, user_name: str | None, known: Known, sender: str) -> Judgement:
+    """Judge the two columns of a row; `sender` is what the bridge has as its message's sender."""
+    return judge(
+        submitted_by,
+        user_name,
+        lids=known.lids,
+        phones=known.lid_of,
+        past_phones=known.phones,
+        sender=sender,
     )
 
 

@@ -132,6 +132,12 @@ def test_message_whose_row_has_its_drop_and_time_changes_nothing(
         ('{"27711234567": "x"}', "no state"),
         ('{"last_check_time": "yesterday"}', "no time"),
         (json.dumps({NORTHFIELD: "3A00"}), "is not in the bridge"),
+        ("[" * 100_000, "not valid JSON"),
+        ('{"last_check_time": "0001-01-01T00:00:00Z"}', "no time"),
+        (json.dumps({NORTHFIELD: "9999-12-31T23:59:59-10:00"}), "is not in the bridge"),
+        (json.dumps({NORTHFIELD: "20251111A122530B4567"}), "is not in the bridge"),
+        (json.dumps({NORTHFIELD: "3A\0"}), "no state"),
+        (json.dumps({f"\ud800{NORTHFIELD}": "3A00"}), "no state"),
     ],
 )
 def test_state_that_cannot_be_understood_is_refused(tmp_path: Path, content: str | None, words: str) -> None:
@@ -176,6 +182,30 @@ def test_incident_38_row_of_another_writer_is_reported_and_never_overwritten(
         for sample in family.samples
     }
     assert shown["Northfield"] == 1
+
+
+def test_drop_that_was_left_to_a_row_of_another_writer_is_stored_once_that_row_is_gone(
+    bridge: SyntheticBridge, relay_once: Any, rows: Rows
+) -> None:
+    relay_once()
+    rows(
+        "INSERT INTO qa_photo_reviews (drop_number, project, user_name)"
+        " VALUES ('DR1000001', 'Northfield', 'x')"
+    )
+    for sender, text in [(PHONE, "DR1000001 DR1000002"), ("263712345678@s.whatsapp.net", "DR1000001 fixed")]:
+        bridge.post(chat_jid=NORTHFIELD, sender=sender, content=text)
+    relay_once()
+    assert rows("SELECT kind FROM wa_monitor.drop_event ORDER BY 1") == [("foreign",), ("foreign",), ("new",)]
+    rows("DELETE FROM qa_photo_reviews WHERE user_name = 'x'")
+    relay_once()
+    relay_once()
+    assert rows("SELECT drop_number, submitted_by, resubmitted FROM qa_photo_reviews ORDER BY 1") == [
+        ("DR1000001", "263712345678", True),
+        ("DR1000002", PHONE, False),
+    ]
+    assert rows("SELECT count(*) FROM wa_monitor.dead_letter") == [(0,)]
+    assert rows("SELECT DISTINCT outcome FROM wa_monitor.message") == [("drops",)]
+    assert rows("SELECT totals -> 'messages' -> 'Northfield' FROM wa_monitor.cursor") == [(2,)]
 
 
 def test_row_of_another_writer_that_was_accepted_is_resubmitted_like_any_other(

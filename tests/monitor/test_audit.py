@@ -65,6 +65,36 @@ def test_standing_lid_is_shown_with_the_code_that_stored_it(
     assert [(new.tree, new.drops) for new in findings.newly_stored] == [("bad0", 1)]
 
 
+def test_lid_that_the_map_never_had_is_found_when_a_fault_stores_it(
+    bridge: SyntheticBridge, relay_once: Any, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late, never = "3000000000013", "90000000000019"
+    _post(bridge, never, "DR1000001")
+    relay_once()
+    with monkeypatch.context() as faulty:
+        faulty.setattr("monitor.decision.identify", _everything_is_a_phone)
+        _post(bridge, late, "DR1000002")
+        metrics = relay_once()
+    stored = {
+        tuple(sample.labels.values()): sample.value for sample in _samples(metrics, "drops_stored_total")
+    }
+    assert stored["Northfield", "lid", "new"] == len(("stored", "completed"))
+    assert [sample.value for sample in _samples(metrics, "lid_rows")][:1] == [2]
+    findings = _audit(database_url)
+    assert findings.failed
+    assert sum(one.rows for one in findings.standing) == len((late, never))
+    assert [new.drops for new in findings.newly_stored] == [1]
+
+
+def _samples(metrics: Any, name: str) -> list[Any]:
+    return [
+        sample
+        for family in metrics.collect()
+        for sample in family.samples
+        if sample.name == f"wa_monitor_{name}" and sample.labels["project"] == "Northfield"
+    ]
+
+
 def test_lid_of_another_writer_has_no_code_to_show(relay_once: Any, database_url: str, rows: Rows) -> None:
     relay_once()
     rows("INSERT INTO qa_photo_reviews (drop_number, submitted_by, user_name) VALUES ('DR1', %s, 'x')", LID)

@@ -17,6 +17,7 @@ from monitor.bridge import LOOK_BACK_ROWS, Bridge
 from monitor.demo.bridge import NORTHFIELD, SyntheticBridge
 from monitor.errors import (
     BridgeBusyError,
+    BridgeError,
     BridgeFormatError,
     BridgeMissingError,
     BridgeSchemaError,
@@ -159,6 +160,22 @@ def test_empty_ids_are_told_apart_by_their_content(bridge: SyntheticBridge, read
     _post(bridge, "two", message_id="")
     second = reader.read_after(Place(), 10)
     assert first.rows[0].key != second.rows[0].key
+
+
+def test_message_with_an_empty_id_stays_the_same_in_another_zone_and_spelling_of_its_sender(
+    bridge: SyntheticBridge, reader: Bridge
+) -> None:
+    keys = []
+    for time, sender in [
+        ("2026-11-11 12:25:30+02:00", PHONE),
+        ("2026-11-11 10:25:30+00:00", f"{PHONE}:3@s.whatsapp.net"),
+    ]:
+        _insert(bridge, id="", timestamp=time, sender=sender)
+        (row,) = reader.read_after(Place(), 10).rows
+        keys.append(row.key)
+        with closing(sqlite3.connect(bridge.messages_db, isolation_level=None)) as connection:
+            connection.execute("DELETE FROM messages")
+    assert keys[0] == keys[1]
 
 
 def test_redelivery_of_an_old_message_arrives_again(bridge: SyntheticBridge, reader: Bridge) -> None:
@@ -368,6 +385,25 @@ def test_reader_never_keeps_the_writer_waiting(bridge: SyntheticBridge, reader: 
         writer.execute("BEGIN EXCLUSIVE")
         writer.execute("ROLLBACK")
     assert len(page.rows) == 1
+
+
+def test_transaction_that_a_killed_bridge_left_is_waited_for(bridge: SyntheticBridge, tmp_path: Path) -> None:
+    _post(bridge, "before")
+    killed = tmp_path / "killed"
+    with closing(sqlite3.connect(bridge.messages_db, isolation_level=None)) as connection:
+        connection.execute("PRAGMA cache_size = 1")
+        connection.execute("BEGIN IMMEDIATE")
+        connection.executemany(
+            "INSERT INTO messages (id, chat_jid, content) VALUES (?, ?, ?)",
+            [(str(number), NORTHFIELD, "x" * 500) for number in range(500)],
+        )
+        shutil.copytree(bridge.folder, killed)
+    with closing(Bridge(killed / "messages.db")) as reader:
+        with pytest.raises(BridgeError, match="did not finish"):
+            reader.read_after(Place(), 10)
+        with closing(sqlite3.connect(killed / "messages.db")) as bridge_again:
+            bridge_again.execute("SELECT count(*) FROM messages").fetchall()
+        assert _texts(reader.read_after(Place(), 10).rows) == ["before"]
 
 
 @pytest.mark.parametrize("name", ["with space", "what?", "per%cent", "ha#sh", "ümlaut"])

@@ -206,6 +206,10 @@ def test_drop_is_explained_with_numbers_masked(
     assert "stored as a new drop" in text
     assert "posted in a group that is no project" in text
     assert not re.search("[0-9]{9}", text)
+    assert " SAST" in text
+    _, text = invoke("explain", "DR1000001", WA_BUSINESS_ZONE="UTC")
+    assert " UTC" in text
+    assert " SAST" not in text
     status, text = invoke("explain", "DR1000009")
     assert (status, "not seen" in text) == (1, True)
     assert invoke("explain", "tomorrow")[0] == 2
@@ -232,6 +236,6 @@ def test_audit_lists_what_was_stored_since_and_accepts_foreign_rows_on_demand(
     status, text = invoke("audit", "--since", "2026-01-01T00:00:00+02:00")
     assert status == 1
     assert "foreign_row: 1 in (none) by another writer" in text
-    assert re.search(r"DR1000001 .* new .* phone .* certain", text)
+    assert re.search(r"DR1000001 .* Northfield .* new .* phone .* certain .* in the map's phone column", text)
     status, text = invoke("audit", "--accept-foreign")
     assert (status, "1 rows of other writers were adopted" in text) == (0, True)

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from monitor.audit import audit
 from monitor.bridge import Bridge
 from monitor.database import connect
 from monitor.decision import Decider
 from monitor.demo.bridge import EASTVALE, NORTHFIELD, OWN_JID, WESTMOOR, SyntheticBridge
 from monitor.explain import MEANINGS, Explanation, explain
+from monitor.identity import Known
 from monitor.projects import load_projects
 from monitor.reconcile import Comparison, reconcile
-from monitor.settings import Since
+from monitor.settings import DatabaseUrl, Since
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -117,6 +119,41 @@ def test_sender_that_waits_and_the_moment_of_its_phone_are_told(
     assert post.resolved_at is not None
 
 
+def test_sender_that_waits_is_told_though_the_row_shows_who_posted_before(
+    bridge: SyntheticBridge, relay_once: Any, settings: Settings, database_url: str
+) -> None:
+    bridge.map_lid("100000000000017", PHONE)
+    for sender in (PHONE, LATE_LID, "120363000000000001"):
+        bridge.post(chat_jid=NORTHFIELD, sender=sender, content="DR1000001")
+    began = datetime.now(UTC)
+    relay_once()
+    bridge.map_lid(LATE_LID, "27821234567")
+    relay_once()
+    told = [post.sender_state for post in _explain(settings, "DR1000001").posts]
+    assert sorted(filter(None, told)) == ["pending", "phone", "unknown"]
+    with closing(connect(DatabaseUrl(database_url))) as database:
+        fresh = audit(database, Known(), since=began - timedelta(hours=1)).fresh
+    assert sorted(drop.stored_as for drop in fresh) == ["pending", "phone", "unknown"]
+
+
+def test_message_that_cannot_be_stored_has_its_time_and_is_left_out_before_the_beginning(
+    bridge: SyntheticBridge, relay_once: Any, settings: Settings, rows: Rows
+) -> None:
+    now = datetime.now(UTC).replace(microsecond=0)
+    for days in (9, 2):
+        sent_at = now - timedelta(days=days)
+        bridge.post(chat_jid=NORTHFIELD, sender=PHONE, content=f"DR100000{days}\0", timestamp=sent_at)
+    relay_once(since=Since(now - timedelta(days=3)))
+    assert rows("SELECT count(*) FROM wa_monitor.dead_letter") == [(1,)]
+    (post,) = _explain(settings, "DR1000002").posts
+    assert (post.verdict, post.sent_at) == ("rejected", now - timedelta(days=2))
+    (post,) = _explain(settings, "DR1000009").posts
+    assert post.verdict == "before_start"
+    (rejected,) = _reconcile(settings).rejected
+    assert rejected.at == now - timedelta(days=2)
+    assert not _reconcile(settings, now - timedelta(days=1)).failed
+
+
 def test_message_that_is_gone_from_the_bridge_is_still_explained(
     bridge: SyntheticBridge, relay_once: Any, settings: Settings
 ) -> None:
@@ -198,6 +235,9 @@ def test_every_kind_of_difference_is_listed(
     assert [one.reason for one in found.rejected] == ["holds a NUL byte, which PostgreSQL cannot store"]
     assert [one.drop_number for one in found.gone] == ["DR1000002"]
     assert {one.drop_number for one in found.foreign} == {"DR1000001", "DR1000009"}
+    assert _reconcile(settings, datetime.now(UTC) + timedelta(hours=1)).rejected == []
+    with closing(sqlite3.connect(bridge.messages_db, isolation_level=None)) as connection:
+        connection.execute("UPDATE messages SET timestamp = 'soon' WHERE content LIKE 'DR1000007%'")
     later = _reconcile(settings, datetime.now(UTC) + timedelta(hours=1))
     assert len(later.rejected) == 1  # a message without a readable time is never too old
     assert not later.missing + later.gone + later.foreign

@@ -133,6 +133,7 @@ def test_configured_calling_code_makes_a_foreign_number_a_probable_phone() -> No
 def test_address_is_cut_to_its_user_and_server() -> None:
     assert parse_jid("27711234567.1:5@s.whatsapp.net") == identity.Jid("27711234567", "s.whatsapp.net")
     assert parse_jid("27711234567") == identity.Jid("27711234567", "")
+    assert parse_jid(" +27711234567@c.us") == identity.Jid("27711234567", "c.us")
 
 
 def test_original_bug_fits_into_the_docstring_and_is_one_line() -> None:
@@ -169,12 +170,32 @@ PHONES = KNOWN.lid_of
         (None, PENDING_NAME, "pending"),
         (None, UNKNOWN_NAME, "unknown"),
         (None, "typed by hand", "unknown"),
-        ("80000000000018", "80000000000018", "unknown"),
+        ("80000000000018", "80000000000018", "lid"),  # not in the map, and no country's number
+        (None, "80000000000018", "lid"),
+        ("2348021234567", "2348021234567", "phone"),
+        ("99900000018", "99900000018", "unknown"),
         ("somebody", "somebody", "unknown"),
     ],
 )
 def test_row_is_judged_by_what_it_holds(submitted_by: str | None, user_name: str, judgement: str) -> None:
     assert judge(submitted_by, user_name, lids=LIDS, phones=PHONES) == judgement
+
+
+@pytest.mark.parametrize(
+    ("sender", "past_phones", "judgement"),
+    [
+        ("80000000000018", (), "lid"),
+        ("80000000000018@lid", (), "lid"),
+        ("80000000000018:2@s.whatsapp.net", (), "unknown"),  # a number that no plan knows is no LID for that
+        ("100000000000033@s.whatsapp.net", (), "lid"),
+        ("80000000000018", ("80000000000018",), "unknown"),
+    ],
+)
+def test_digits_too_long_for_a_number_are_a_lid_unless_something_else_calls_them_a_phone(
+    sender: str, past_phones: tuple[str, ...], judgement: str
+) -> None:
+    row = "80000000000018", "80000000000018"
+    assert judge(*row, lids=LIDS, phones=PHONES, past_phones=past_phones, sender=sender) == judgement
 
 
 def test_judge_does_not_use_the_decision() -> None:

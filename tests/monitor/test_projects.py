@@ -103,8 +103,10 @@ def test_fault_names_its_line(tmp_path: Path) -> None:
         (good + good.partition("\n")[2].replace("name: A", "name: B"), 6),
         (good.replace("description", "descriptoin"), 2),
         (good + "    min_digits: 9\n", 2),
+        (f"# ours\n{good}groups: []\n", 2),
+        (good.replace("description: d", "description: \0"), 5),
     ]:
-        with pytest.raises(ConfigError, match=rf"projects\.yaml: line {line}: "):
+        with pytest.raises(ConfigError, match=rf"projects\.yaml: (not valid YAML: )?line {line}: "):
             load_projects(_write(tmp_path, text))
 
 

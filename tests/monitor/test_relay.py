@@ -89,6 +89,37 @@ def test_resubmission_shows_the_new_sender_once_it_has_a_phone(
     assert rows(SENDERS) == [("DR1000001", *stored, True)]
 
 
+@pytest.mark.parametrize(
+    ("before", "stored"),
+    [
+        ((LATE_LID, LATE_LID), (None, PENDING_NAME)),
+        ((f"{LATE_LID}:3@lid", "typed by hand"), (None, "typed by hand")),
+        ((PHONE, LATE_LID), (PHONE, PENDING_NAME)),
+        ((PHONE, PHONE), (PHONE, PHONE)),
+    ],
+)
+def test_incident_05_resubmission_does_not_leave_the_lid_of_its_sender_in_an_old_row(
+    relay_once: RelayOnce,
+    bridge: SyntheticBridge,
+    rows: Rows,
+    before: tuple[str, str],
+    stored: tuple[str, str],
+) -> None:
+    relay_once()
+    rows(
+        "INSERT INTO qa_photo_reviews (drop_number, project, submitted_by, user_name)"
+        " VALUES ('DR1000001', 'Northfield', %s, %s)",
+        *before,
+    )
+    rows("INSERT INTO wa_monitor.adopted_row (review_id) SELECT id::text FROM qa_photo_reviews")
+    _post(bridge, LATE_LID, "DR1000001 fixed")
+    relay_once()
+    assert rows(SENDERS) == [("DR1000001", *stored, True)]
+    bridge.map_lid(LATE_LID, OTHER_PHONE)
+    relay_once()
+    assert rows("SELECT submitted_by FROM qa_photo_reviews") == [(OTHER_PHONE,)]
+
+
 @pytest.mark.parametrize("first", [LATE_LID, f"{LATE_LID}@lid"])
 def test_pending_sender_is_completed_when_the_map_learns_it_and_nothing_else_changes(
     bridge: SyntheticBridge, relay_once: RelayOnce, rows: Rows, first: str
@@ -506,6 +537,29 @@ def test_drop_that_a_constraint_refuses_becomes_a_dead_letter_alone(
     assert rows("SELECT project FROM wa_monitor.dead_letter") == [("Northfield",)]
 
 
+def test_drop_that_is_refused_keeps_no_other_of_its_message_from_being_stored(
+    bridge: SyntheticBridge, relay_once: RelayOnce, rows: Rows
+) -> None:
+    relay_once()
+    rows("ALTER TABLE qa_photo_reviews ADD CONSTRAINT never CHECK (drop_number <> 'DR1000002')")
+    _post(bridge, PHONE, "DR1000001 DR1000002 DR1000003")
+    relay_once()
+    relay_once()
+    assert [row[0] for row in rows(SENDERS)] == ["DR1000001", "DR1000003"]
+    ((reason,),) = rows("SELECT reason FROM wa_monitor.dead_letter")
+    assert "never" in reason
+    rows("ALTER TABLE qa_photo_reviews DROP CONSTRAINT never")
+    relay_once()
+    relay_once()
+    assert [(row[0], row[3]) for row in rows(SENDERS)] == [
+        ("DR1000001", False),
+        ("DR1000002", False),
+        ("DR1000003", False),
+    ]
+    assert rows("SELECT count(*) FROM wa_monitor.dead_letter") == [(0,)]
+    assert rows("SELECT totals -> 'messages' -> 'Northfield' FROM wa_monitor.cursor") == [(1,)]
+
+
 def test_drop_that_a_trigger_objects_to_becomes_a_dead_letter_alone(
     bridge: SyntheticBridge, relay_once: RelayOnce, rows: Rows
 ) -> None:
@@ -639,6 +693,15 @@ def test_dropped_column_stores_nothing_and_moves_no_cursor(
     rows("ALTER TABLE qa_photo_reviews RENAME COLUMN sender TO submitted_by")
     relay_once()
     assert len(rows(SENDERS)) == 1
+
+
+def test_database_that_writes_times_in_another_style_is_named(relay_once: RelayOnce, rows: Rows) -> None:
+    relay_once()
+    rows(
+        "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET datestyle TO German', current_database()); END $$"
+    )
+    with pytest.raises(StoreSchemaError, match="DateStyle"):
+        relay_once()
 
 
 def test_column_of_another_kind_is_named(relay_once: RelayOnce, rows: Rows) -> None:

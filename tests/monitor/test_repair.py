@@ -6,12 +6,14 @@ from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
+import psycopg
 import pytest
 
 from monitor.audit import audit
 from monitor.census import lid_rows
 from monitor.database import connect
-from monitor.errors import ConfigError
+from monitor.demo.bridge import NORTHFIELD, SyntheticBridge
+from monitor.errors import ConfigError, StoreUnavailableError
 from monitor.identity import Known
 from monitor.repair import repair, repair_some, undo
 from monitor.settings import DatabaseUrl
@@ -229,6 +231,24 @@ def test_undo_restores_exactly_what_was_and_nothing_that_changed_since(database_
 
 
 @pytest.mark.usefixtures("table")
+def test_undo_leaves_a_phone_that_was_written_again_since(
+    bridge: SyntheticBridge, relay_once: Any, database_url: str, rows: Rows
+) -> None:
+    rows("INSERT INTO wa_monitor.adopted_row (review_id) SELECT id::text FROM qa_photo_reviews")
+    run = _run(database_url)
+    bridge.map_lid(LID, PHONE)
+    bridge.post(chat_jid=NORTHFIELD, sender=LID, content="DR1000000")
+    relay_once()
+    rows("UPDATE qa_photo_reviews SET submitted_by = %s WHERE drop_number = 'DR1000001'", LID)
+    again = _run(database_url)
+    with closing(connect(DatabaseUrl(database_url))) as database:
+        undone = undo(database, run.run_id)
+        assert undone.left == [("DR1000000", "Eastvale"), ("DR1000001", "Northfield")]
+        assert undo(database, again.run_id).restored.total() == 1
+    assert rows("SELECT submitted_by FROM qa_photo_reviews WHERE drop_number = 'DR1000000'") == [(PHONE,)]
+
+
+@pytest.mark.usefixtures("table")
 def test_what_an_operator_has_put_back_is_left_by_the_automatic_repair_and_not_by_his_own(
     database_url: str, rows: Rows
 ) -> None:
@@ -239,6 +259,38 @@ def test_what_an_operator_has_put_back_is_left_by_the_automatic_repair_and_not_b
         rows("INSERT INTO qa_photo_reviews (drop_number, user_name) VALUES ('DR2000001', %s)", LID)
         assert repair_some(database, KNOWN).repaired.total() == 1
         assert repair(database, KNOWN).repaired == run.repaired
+
+
+@pytest.mark.usefixtures("table")
+def test_row_that_the_database_does_not_let_be_changed_is_named_and_keeps_no_other(
+    database_url: str, rows: Rows
+) -> None:
+    count = _run(database_url, dry_run=True).repaired.total()
+    rows(
+        "ALTER TABLE qa_photo_reviews ADD CONSTRAINT frozen"
+        " CHECK (drop_number <> 'DR1000000' OR submitted_by = '100000000000017')"
+    )
+    report = _run(database_url)
+    assert report.repaired.total() == count - 1
+    assert [(one.drop_number, one.project) for one in report.refused] == [("DR1000000", "Eastvale")]
+    assert "frozen" in report.refused[0].reason
+    with closing(connect(DatabaseUrl(database_url))) as database:
+        assert [one.drop_number for one in repair_some(database, KNOWN).refused] == ["DR1000000"]
+
+
+@pytest.mark.usefixtures("table")
+def test_automatic_repair_waits_within_bounds_for_a_row_that_somebody_holds(database_url: str) -> None:
+    with (
+        psycopg.connect(database_url) as reviewer,
+        closing(connect(DatabaseUrl(database_url))) as database,
+    ):
+        reviewer.execute(
+            "UPDATE qa_photo_reviews SET locked_by = 'a reviewer' WHERE drop_number = 'DR1000001'"
+        )
+        with pytest.raises(StoreUnavailableError, match="lock timeout"):
+            repair_some(database, KNOWN)
+        reviewer.rollback()
+        assert repair_some(database, KNOWN).repaired.total() > 0
 
 
 @pytest.mark.usefixtures("table")

@@ -117,7 +117,17 @@ def test_since_takes_an_instant_beginning_and_now() -> None:
     assert now.instant.tzinfo is not None
 
 
-@pytest.mark.parametrize("text", ["yesterday", "2026-13-01T00:00:00Z", "2026-01-31T06:00:00", "2026-01-31"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "yesterday",
+        "2026-13-01T00:00:00Z",
+        "2026-01-31T06:00:00",
+        "2026-01-31",
+        "0001-01-01T00:00:00Z",
+        "9999-12-31T23:59:59-10:00",
+    ],
+)
 def test_since_without_a_clear_instant_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="since"):
         parse_since(text)
