@@ -365,8 +365,11 @@ class Service:
     def _begin_ahead(self) -> None:
         """Let the next generation import its code while that is judged, if nothing else is under way."""
         unjudged, state = self._pipeline.overlap(), self._state
-        if unjudged is not None and state.live is not None and not (state.candidate or state.stopping):
-            self._fleet.begin(state.next_number, *unjudged)
+        if unjudged is None or state.live is None or state.candidate or state.stopping:
+            return
+        manifest, file = unjudged
+        if self._blobs.holds(manifest):  # Else they are kept anew when it is launched.
+            self._fleet.begin(state.next_number, manifest, file)
 
     @property
     def _is_idle(self) -> bool:
