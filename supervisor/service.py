@@ -77,6 +77,9 @@ The unit names it in ``RestartPreventExitStatus=``; systemd calls it NOTRUNNING 
 """
 
 _HOUSEKEEPING_SECONDS = 0.5
+_AFTER_LIVE_SECONDS = 0.05
+"""Until what the next reload needs is made ready: the processors are for the child that has just begun."""
+
 _HOUSEKEEPING_WAITS_SECONDS = 0.25
 """For how long at most housekeeping lets a reload go first: it takes some milliseconds."""
 _LOOP_HANGS_SECONDS = 5.0
@@ -667,7 +670,7 @@ class Service:
         if self._live_is_new:
             self._live_is_new = False
             self._collect_garbage()
-            self._pipeline.prepare()  # The next save may come at once.
+            self.later(_AFTER_LIVE_SECONDS, self._pipeline.prepare)  # The next save may come soon.
 
     def _remember(self) -> None:
         self._chronicle.remember(
@@ -790,7 +793,7 @@ class Service:
         self._last_live = live.number
         self._child_metrics.go_live(live.number)
         self._verify_at = now + self._settings.verify_interval_seconds
-        self._ask_for_modules()
+        self.later(_AFTER_LIVE_SECONDS, self._ask_for_modules)
         self.later(_FIRST_METRICS_SECONDS, lambda: self._fleet.ask_for_metrics(live.number))
         self._notifier.ready()
         self._live_is_new = True

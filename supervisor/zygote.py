@@ -59,6 +59,9 @@ FRESH_SECONDS = 0.02
 SPARE_SECONDS = 120.0
 """For how long after a fork another child is kept ready."""
 
+_SPARE_WAITS_SECONDS = 0.15
+"""After which it is made: the processors are for the child that has just begun."""
+
 FORK_SECONDS = 1.0
 """Longest time that a start waits for the zygote. It takes 2 to 4 milliseconds."""
 
@@ -259,7 +262,7 @@ class Zygote:
         self._failures = 0
         self._build_at = self._look_at = 0.0
         self._numbers = self._forks = 0
-        self._spare_until = 0.0
+        self._spare_from = self._spare_until = 0.0
         self._spare_directory: str | None = None
         self._possible = sys.platform == "linux" and hasattr(os, "pidfd_open")
         if not self._possible:
@@ -332,7 +335,7 @@ class Zygote:
         ahead = self._ahead
         if now >= self._spare_until or (ahead is not None and ahead.begun is not None):
             self._leave_alone()
-        elif ahead is None and self._spare_directory is not None:
+        elif ahead is None and self._spare_directory is not None and now >= self._spare_from:
             self.prepare(self._spare_directory)
 
     def _follow(self, process: _Process, now: float, *, idle: bool) -> None:
@@ -502,7 +505,9 @@ class Zygote:
         self._ahead = None
         self._forks += 1
         process.last_child = pid
-        self._spare_directory, self._spare_until = ahead.directory, time.monotonic() + SPARE_SECONDS
+        now = time.monotonic()
+        self._spare_from, self._spare_until = now + _SPARE_WAITS_SECONDS, now + SPARE_SECONDS
+        self._spare_directory = ahead.directory
         return pid, ahead.channel
 
     def _child(self, process: _Process, directory: str) -> _Ahead:

@@ -30,6 +30,8 @@ import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 
+from .gently import in_slices
+
 _POPULATE_WRITE = 23
 _PRESENT, _EXCLUSIVE = 1 << 63, 1 << 56
 _OWN = _PRESENT | _EXCLUSIVE
@@ -62,7 +64,7 @@ def make_own() -> list[Run]:
     """Copy what is still shared; return what was not: the pages that this process has written to so far."""
     copy, own = _copier(), list[Run]()
     try:
-        for run, shared in list(_runs(os.sysconf("SC_PAGESIZE"))):
+        for run, shared in list(in_slices(_runs(os.sysconf("SC_PAGESIZE")))):
             if not shared:
                 own.append(run)
             elif not copy(run):

@@ -49,6 +49,7 @@ from types import CodeType, ModuleType
 from typing import Any, NoReturn
 
 from . import attest, frames, functions, loaded, metrics, pages, pinned, spawned, traces
+from .gently import in_slices
 
 _PR_SET_PDEATHSIG = 1
 _PARENT_WAIT_SECONDS = 10.0
@@ -419,7 +420,7 @@ def _libraries(pins: pinned.Pins) -> list[tuple[str, str]]:
     ours = __name__.partition(".")[0]
     return [
         (name, origin)
-        for name, origin in loaded.modules()
+        for name, origin in in_slices(loaded.modules())
         if name.partition(".")[0] != ours and not (os.path.isabs(origin) and attest.in_tree(pins, origin))
     ]
 
