@@ -483,10 +483,10 @@ def test_bridge_on_a_read_only_mount_is_read_in_every_state(
         _write_ahead(bridge)
     mount = tmp_path / "mount"
     mount.mkdir()
-    script = f"mount --bind {bridge.folder} {mount} && mount -o remount,bind,ro {mount} && exec"
-    script += f" {sys.executable} -c '{_ON_A_READ_ONLY_MOUNT}' {mount}/messages.db"
+    script = 'mount --bind "$1" "$2" && mount -o remount,bind,ro "$2" && exec "$3" -c "$4" "$2/messages.db"'
+    given = [bridge.folder, mount, sys.executable, _ON_A_READ_ONLY_MOUNT]
     reader = subprocess.Popen(
-        ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script],  # noqa: S607
+        ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh", *given],  # noqa: S607
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -20,6 +20,7 @@ import pytest
 
 from supervisor import doctor, installation
 from supervisor.installation import Places, Scope
+from supervisor.unitfile import in_quotes
 from tests.supervisor.harness import Supervised, let_others_in, until
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +48,7 @@ class Service:
         """Start the supervisor with further options."""
         own = program or f"{sysconfig.get_path('scripts')}/wa-supervisor"
         words = ["run", "--type", "notify", "--listen", "${WA_SUPERVISOR_LISTEN}", *options, target]
-        self.drop_in("ExecStart=", f"ExecStart={own} {' '.join(words)}")
+        self.drop_in("ExecStart=", f"ExecStart={in_quotes(own)} {' '.join(words)}")
 
     @property
     def variables(self) -> Path:
@@ -444,7 +445,8 @@ def test_what_the_service_itself_needs_is_asked_of_its_own_check(service: Servic
         encoding="utf-8",
     )
     service.set("ASKED=yes")
-    service.drop_in(f"Check={sys.executable} {check} {service.tree}", section="X-Supervisor")
+    words = map(in_quotes, (sys.executable, str(check), str(service.tree)))
+    service.drop_in(f"Check={' '.join(words)}", section="X-Supervisor")
     found = [one for one in service.examine() if one["check"] == "bridge"]
     assert [(one["state"], one["detail"]) for one in found] == [("wrong", "postgresql://u:***@h is lost")] * 2
 
@@ -456,11 +458,13 @@ def test_check_that_cannot_be_asked_is_wrong(service: Service, program: str) -> 
 
 
 def test_monitors_own_findings_are_among_them(service: Service) -> None:
-    scripts = sysconfig.get_path("scripts")
+    own = in_quotes(f"{sysconfig.get_path('scripts')}/wa-monitor")
     service.set(
-        f"PYTHONPATH={ROOT}", f"DATABASE_URL=postgresql://u:{SECRET}@127.0.0.1:1/d", "WHATSAPP_DB_PATH=/none"
+        f'PYTHONPATH="{ROOT}"',
+        f"DATABASE_URL=postgresql://u:{SECRET}@127.0.0.1:1/d",
+        "WHATSAPP_DB_PATH=/none",
     )
-    service.drop_in(f"Check={scripts}/wa-monitor check --json", "", section="X-Supervisor")
+    service.drop_in(f"Check={own} check --json", "", section="X-Supervisor")
     # The tree of this service has a `monitor` of its own, which is not the one that is asked.
     service.drop_in(f"WorkingDirectory={ROOT}")
     assert {"projects", "bridge", "map", "database"} <= {check for check, _ in service.wrong()}

@@ -22,6 +22,7 @@ import pytest
 from supervisor import installation
 from supervisor.errors import SupervisorError
 from supervisor.installation import Places, Scope
+from supervisor.unitfile import in_quotes
 from tests.supervisor.harness import let_others_in
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +65,8 @@ def test_unit_is_for_this_environment_and_the_code_in_this_folder(tmp_path: Path
     text = (root / "etc/systemd/system/wa-monitor.service").read_text(encoding="utf-8")
     assert values(text, "WorkingDirectory") == [str(tree).replace("%", "%%")]
     assert values(text, "ReadWritePaths") == ['"' + str(tree).replace("%", "%%") + '"']
-    assert values(text, "ExecStart")[0].startswith(f"{sysconfig.get_path('scripts')}/wa-supervisor run ")
+    own = in_quotes(f"{sysconfig.get_path('scripts')}/wa-supervisor")
+    assert values(text, "ExecStart")[0].startswith(f"{own} run ")
     assert "/opt/wa-monitor" not in "".join(line for line in text.splitlines() if not line.startswith("#"))
     assert f"wrote {root}/etc/systemd/system/wa-monitor.service\n" in done.stdout
     assert "\n  systemctl enable --now wa-monitor.service\n  wa-supervisor doctor\n" in done.stdout

@@ -241,10 +241,13 @@ def test_child_is_never_forked_with_a_library_that_it_would_not_find_now(
     if change is not shadowed_by_the_tree:  # That one is a save.
         assert started.command("restart").returncode == 0
     started.expect("running 2 new")
-    bench.ready()
     forks = bench.zygote["forks"]
-    bench.answer(3)
-    started.expect("running 3 new")
+    for number in range(3, 13):  # One that was built before the change may be there for a moment.
+        bench.ready()
+        bench.answer(number)
+        started.expect(f"running {number} new")
+        if bench.zygote["forks"] > forks:
+            break
     assert bench.zygote["forks"] == forks + 1, "\n".join(started.output.lines)
 
 
