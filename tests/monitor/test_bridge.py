@@ -484,7 +484,7 @@ def test_bridge_on_a_read_only_mount_is_read_in_every_state(
     mount = tmp_path / "mount"
     mount.mkdir()
     script = 'mount --bind "$1" "$2" && mount -o remount,bind,ro "$2" && exec "$3" -c "$4" "$2/messages.db"'
-    given = [bridge.folder, mount, sys.executable, _ON_A_READ_ONLY_MOUNT]
+    given = [str(bridge.folder), str(mount), sys.executable, _ON_A_READ_ONLY_MOUNT]
     reader = subprocess.Popen(
         ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh", *given],  # noqa: S607
         stdin=subprocess.PIPE,
