@@ -197,6 +197,7 @@ def notes(measured: Values) -> list[str]:
         f"Python {machine['python']}, {machine['cores']} cores, {load}; {machine['seconds']:.0f} s.",
         f"{plan['rounds']} interleaved rounds in an order by chance, {plan['saves']} saves each in a round,",
         f"{measured['our_factor'] * plan['saves']} of ours; {plan['saves_in_size']} for each size in (g),",
+        "of ours as many as in a round;",
         f"{plan['broken_rounds']} for each fault in (e).",
         f"A plain `import psycopg, prometheus_client` took {number(median(cold))} ms, median of {len(cold)}.",
         "While nothing was saved, the longest pause between two lines, the machine's own part in (b), was",

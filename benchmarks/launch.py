@@ -117,6 +117,7 @@ class Bench:
         plan = Plan(
             modules=loaded["modules"],
             environment=environment,
+            directory=str(self.folder),
             manifest=str(request.manifest),
             blobs=str(request.blobs),
             first_path=str(self.folder),

@@ -409,8 +409,10 @@ def measure(plan: Plan, only: str | None, parts: str, base: Path) -> dict[str, A
         here = base / f"size-{files}"
         for contender, result in chance.sample(single, len(single)):
             say(f"{files} files: {contender.name}")
+            # Ours as often after a start as in (a): the first save has no child that was forked ahead.
+            count = plan.saves * OUR_FACTOR if contender.family == "ours" else plan.saves_in_size
             with noting(result):
-                in_size(contender, result, here, files, count=plan.saves_in_size, chance=chance)
+                in_size(contender, result, here, files, count=count, chance=chance)
         shutil.rmtree(here)
     for files in plan.idle_sizes if "f" in parts else ():
         say(f"idle with {files} files")

@@ -64,6 +64,9 @@ def set_up(level: str, *, full_numbers: bool, file: Path | None = None) -> None:
         handler.setFormatter(_OneLine(full_numbers=full_numbers))
     log.handlers[:] = handlers
     log.setLevel(level)
+    # No line names caller, thread or process; to find these out takes as long as all the rest of it.
+    logging._srcfile = None  # noqa: SLF001 -- the way that the library's documentation gives
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     log.propagate = False
 
 
@@ -73,6 +76,14 @@ class _OneLine(logging.Formatter):
     def __init__(self, *, full_numbers: bool) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S%z")
         self._full_numbers = full_numbers
+        self._second: tuple[int, str] = 0, ""
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802
+        """Return the time stamp, made once a second."""
+        second = int(record.created)
+        if self._second[0] != second:
+            self._second = second, super().formatTime(record, datefmt)
+        return self._second[1]
 
     def format(self, record: logging.LogRecord) -> str:
         """Mask the message, not the time stamp in front of it."""
