@@ -58,7 +58,7 @@ gauntlet: $(STAMP) ## stale bytecode and proof on every supported interpreter of
 	@bash .ci/gauntlet $(ARGS)
 
 page: $(STAMP) $(BROWSER)/complete ## the status page in a real Chromium; WA_SCREENSHOTS=1 takes the pictures in docs/ anew
-	@WA_PAGE_PACKAGES=$(CURDIR)/$(BROWSER) $(VENV)/bin/python -m pytest $(ARGS) tests/page
+	@WA_PAGE_PACKAGES="$(CURDIR)/$(BROWSER)" $(VENV)/bin/python -m pytest $(ARGS) tests/page
 
 grafana: $(STAMP) $(GRAFANA)/complete ## dashboard and alerts against a real Prometheus and Alertmanager, five minutes
 	@WA_GRAFANA=$(GRAFANA) $(VENV)/bin/python -m pytest --numprocesses=$(WORKERS) $(ARGS) tests/grafana
