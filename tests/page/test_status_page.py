@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from monitor.demo import incident
-from monitor.demo.bridge import MAPPED_LIDS, NORTHFIELD
+from monitor.demo.bridge import MAPPED_LIDS, NORTHFIELD, UNMAPPED_LID
 from monitor.demo.stage import Stage
 from monitor.demo.stream import Stream
 from tests.supervisor.harness import DEADLINE_SECONDS, Supervised, until
@@ -84,6 +84,7 @@ def opened(browser: Any) -> Iterator[Callable[..., Any]]:
 def stage() -> Iterator[Stage]:
     """The demo: an invented bridge, a real monitor below a real supervisor."""
     with tempfile.TemporaryDirectory(prefix="wa-monitor-") as folder, Stage(Path(folder) / "demo") as built:
+        built.bridge.map_lid(*UNMAPPED_LID)  # What the fault stores of him could not be repaired else.
         Stream(built.bridge, seed=7, rate=1.0, first_drop=1_000_001).post(MESSAGES)
         built.supervise("monitor.app:main", options=OPTIONS)
         yield built
