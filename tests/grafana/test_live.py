@@ -21,6 +21,7 @@ import pytest
 import yaml
 
 from monitor.demo import incident
+from monitor.demo.bridge import UNMAPPED_LID
 from monitor.demo.stage import Stage, script
 from monitor.demo.stream import Stream
 from monitor.embedded import EmbeddedPostgres
@@ -122,6 +123,7 @@ def test_standing_lids_are_told_within_two_scrapes_and_so_is_their_end(
         Stage(tmp_path / "stage") as stage,
         Stream(stage.bridge, seed=7, rate=RATE, first_drop=1_000_001),
     ):
+        stage.bridge.map_lid(*UNMAPPED_LID)  # What the bug stores of him could not be repaired else.
         stage.supervise("monitor.app:main", options=("--type", "notify", "--handover", "overlap"))
         born = f'{{instance="{stage.address}",identity="lid"}}'
         prometheus.scrape(stage.address)
