@@ -26,6 +26,7 @@ import msgspec
 
 from supervisor.errors import BlobError
 from supervisor.manifest import Manifest, Tree
+from supervisor.sharded import Sharded
 
 
 def place(directory: Path) -> Path:
@@ -57,6 +58,8 @@ class BlobStore:
         self._names: set[str] = set()
         self._names_of: _Facts | None = None
         """The folder's when it held these names; it is listed again when it is another."""
+        self._whole = Sharded[str]({})
+        """Sources all of which are among the names."""
         self._manifests: dict[str, _Facts] = {}
         """Tree digest to the facts of the file that this process has written or seen whole."""
 
@@ -87,7 +90,11 @@ class BlobStore:
         """
         if self._names_of is None or _facts(self._folder) != self._names_of:
             self._list()
-        return self._names.issuperset(manifest.sources.values())
+        altered, _ = self._whole.difference(manifest.sources)
+        if not self._names.issuperset(altered.values()):
+            return False
+        self._whole = manifest.sources
+        return True
 
     def distrust(self) -> None:
         """Compare with the disk whatever is put next: something there was not as it was left."""
@@ -109,20 +116,24 @@ class BlobStore:
             raise BlobError(f"the pinned source {digest} is damaged on disk; remove {self.blobs / digest}")
         return content
 
+    def manifest_file(self, manifest: Manifest) -> Path:
+        """Return the file that :meth:`put_manifest` keeps a manifest in."""
+        return self.manifests / f"{manifest.digest}.json"
+
     def put_manifest(self, manifest: Manifest) -> Path:
         """Keep ``manifest`` for children to start from and return its file.
 
         Raises:
             OSError: it cannot be written.
         """
-        path = self.manifests / f"{manifest.digest}.json"
+        path = self.manifest_file(manifest)
         facts = self._manifests.get(manifest.digest)
         if facts is not None and facts == _facts(str(path)):
             return path
         body = {
             "base": manifest.base,
             "roots": manifest.roots,
-            "sources": manifest.sources,
+            "sources": manifest.sources.plain(),
             "ignore": manifest.ignore,
         }
         try:
@@ -160,16 +171,18 @@ class BlobStore:
         What cannot be removed is tried again the next time.
         """
         needed = {digest for manifest in keep for digest in manifest.sources.values()}
-        _remove_others(self.blobs, needed)
-        _remove_others(self.manifests, {f"{manifest.digest}.json" for manifest in keep})
+        self._names = _remove_others(self._folder, needed)
+        self._names_of = _facts(self._folder)
+        if not self._names.issuperset(self._whole.values()):
+            self._whole = Sharded({})
+        _remove_others(str(self.manifests), {f"{manifest.digest}.json" for manifest in keep})
         self._held = {digest: size for digest, size in self._held.items() if digest in needed}
-        self._list()
         kept = {manifest.digest for manifest in keep}
         self._manifests = {digest: facts for digest, facts in self._manifests.items() if digest in kept}
 
     def _list(self) -> None:
         """Learn which blobs there are; one call, a stat for each of 20,000 takes long."""
-        self._names_of = _facts(self._folder)
+        self._names_of, self._whole = _facts(self._folder), Sharded({})
         try:
             self._names = set(os.listdir(self._folder))
         except OSError:
@@ -200,10 +213,17 @@ def _content(path: str) -> bytes | None:
         return None
 
 
-def _remove_others(folder: Path, needed: Collection[str]) -> None:
-    with contextlib.suppress(OSError):
-        for path in [path for path in folder.iterdir() if path.name not in needed]:
-            path.unlink()
+def _remove_others(folder: str, needed: Collection[str]) -> set[str]:
+    """Remove the files of a folder that are not needed; return the names of those that are left."""
+    try:
+        names = set(os.listdir(folder))
+    except OSError:
+        return set()
+    for name in names.difference(needed):
+        with contextlib.suppress(OSError):
+            os.unlink(f"{folder}/{name}")
+            names.discard(name)
+    return names
 
 
 def _write(path: str, content: bytes) -> None:

@@ -28,7 +28,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from supervisor.errors import SourceError
-from supervisor.manifest import Manifest, Tree, difference
+from supervisor.manifest import Manifest, Tree
+from supervisor.sharded import Sharded
 
 _HELPER = Path(__file__).parent / "compiler.py"
 
@@ -242,7 +243,7 @@ class Compiler:
             now: monotonic time.
             again: relative paths of sources whose bytecode was not left as it should be.
         """
-        altered, left = difference(before.sources if before else {}, after.sources)
+        altered, left = (before.sources if before else Sharded({})).difference(after.sources)
         changed = after.sources.keys() if sweep else {*altered, *again}
         gone = {path for path in (*left, *again) if path not in after.sources}
         problem = None

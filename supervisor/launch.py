@@ -32,6 +32,7 @@ from supervisor import ends
 from supervisor.child import frames
 from supervisor.child.zygote import PLACEHOLDERS
 from supervisor.settings import Target
+from supervisor.sharded import Sharded
 from supervisor.zygote import Zygote, execute
 
 _STDOUT, _STDERR = 1, 2
@@ -71,7 +72,7 @@ class LaunchRequest:
     target: Target
     environment: Mapping[str, str]
     directory: Path | None = None
-    sources: Mapping[str, str] = field(default_factory=dict)
+    sources: Sharded[str] = field(default_factory=lambda: Sharded({}))
 
 
 @dataclass(frozen=True)
@@ -267,7 +268,7 @@ def begun(request: LaunchRequest, zygote: Zygote) -> Child | None:
 class _ForkRequest(TypedDict):
     environment: Mapping[str, str]
     directory: str
-    sources: Mapping[str, str]
+    sources: Sharded[str]
     first: dict[str, Any]
 
 

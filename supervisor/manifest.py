@@ -26,9 +26,7 @@ real directory once (which of its names wins would depend on the order of a dire
 
 from __future__ import annotations
 
-import collections
 import errno
-import hashlib
 import os
 import stat
 import time
@@ -38,6 +36,7 @@ from pathlib import Path
 
 from supervisor.child.ignored import is_ignored, is_left_out
 from supervisor.errors import SourceError
+from supervisor.sharded import Sharded
 
 EXCLUDED_DIRECTORIES = frozenset({"__pycache__", ".git", "node_modules"})
 """Names of directories that belong to no tree, wherever they are."""
@@ -169,16 +168,15 @@ class Manifest:
 
     base: str
     roots: tuple[str, ...]
-    sources: Mapping[str, str]
+    sources: Sharded[str]
     digest: str
     ignore: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, tree: Tree, sources: Mapping[str, str]) -> Manifest:
         """Return the manifest of ``sources`` in ``tree``, with its digest computed."""
-        lines = "".join([f"{path}\0{sources[path]}\n" for path in sorted(sources)])
-        digest = hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
-        return cls(tree.base, tree.roots, dict(sources), digest, tree.ignore)
+        sharded = sources if isinstance(sources, Sharded) else Sharded(sources)
+        return cls(tree.base, tree.roots, sharded, sharded.digest(), tree.ignore)
 
     def absolute(self, relative: str) -> str:
         """Return the absolute path of a source."""
@@ -186,7 +184,7 @@ class Manifest:
 
     def changes(self, newer: Manifest) -> tuple[str, ...]:
         """Return the relative paths added, removed or altered between this one and ``newer``, sorted."""
-        altered, gone = difference(self.sources, newer.sources)
+        altered, gone = self.sources.difference(newer.sources)
         return tuple(sorted([*altered, *gone]))
 
 
@@ -202,30 +200,14 @@ class Snapshot:
     """
 
     manifest: Manifest
-    stats: Mapping[str, StatTuple]
+    stats: Sharded[StatTuple]
     aliased: bool = False
     worktrees: tuple[str, ...] = ()
 
-
-_Difference = tuple[dict[str, str], list[str]]
-_DIFFERENCES: collections.deque[tuple[Mapping[str, str], Mapping[str, str], _Difference]] = collections.deque(
-    maxlen=3
-)
-"""The last ones: of what runs, of what was compiled and of what the zygote knows to what is on disk."""
-
-
-def difference(old: Mapping[str, str], new: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-    """Return what has to be set and what has to be removed to make one mapping of sources another one.
-
-    Neither they nor the result may be changed: a reload asks for the same a few times, and is answered once.
-    """
-    for before, after, known in tuple(_DIFFERENCES):
-        if before is old and after is new:
-            return known
-    altered = {path: digest for path, digest in new.items() if old.get(path) != digest}
-    gone = [path for path in old if path not in new] if old.keys() != new.keys() else []
-    _DIFFERENCES.append((old, new, (altered, gone)))
-    return altered, gone
+    def touched(self, newer: Snapshot) -> set[str]:
+        """Return the paths whose stat tuples a newer one has otherwise, whatever their content."""
+        altered, _ = self.stats.difference(newer.stats)
+        return {path for path in altered if path in self.stats}
 
 
 def scan(
@@ -248,8 +230,8 @@ def scan(
     Raises:
         SourceError: a file of the tree cannot be read or kept; nothing is known about the tree then.
     """
-    known = previous.stats if previous else {}
-    digests = previous.manifest.sources if previous else {}
+    known = previous.stats.plain() if previous else {}
+    digests = previous.manifest.sources.plain() if previous else {}
     sources: dict[str, str] = {}
     stats: dict[str, StatTuple] = {}
     files: set[tuple[int, int]] = set()
@@ -272,9 +254,10 @@ def scan(
             stats[relative] = taken
     for relative in sorted(digests.keys() - sources.keys()):
         _look(os.path.join(tree.base, relative))  # It was a source: now it is gone, or an error.
-    unchanged = previous is not None and sources == previous.manifest.sources
+    unchanged = previous is not None and sources == digests
     manifest = previous.manifest if unchanged and previous else Manifest.of(tree, sources)
-    return Snapshot(manifest, stats, aliased=len(files) < len(sources), worktrees=tuple(worktrees))
+    aliased = len(files) < len(sources)
+    return Snapshot(manifest, Sharded(stats), aliased=aliased, worktrees=tuple(worktrees))
 
 
 def look_again(
@@ -301,10 +284,11 @@ def look_again(
     Raises:
         SourceError: a file cannot be read or kept.
     """
-    known, stats = previous.manifest, dict(previous.stats)
-    if previous.aliased or not known.sources.keys() >= set(paths):
+    known = previous.manifest
+    if previous.aliased or any(path not in known.sources for path in paths):
         return None
-    changed = {}
+    changed: dict[str, str] = {}
+    trusted: dict[str, StatTuple] = {}
     for relative in paths:
         path = known.absolute(relative)
         plain = not os.path.islink(path) and _look(path) is not None
@@ -315,13 +299,12 @@ def look_again(
         digest = _keep(keep, content, path)
         if digest != known.sources[relative]:
             changed[relative] = digest
-        stats.pop(relative, None)
         if _is_trusted(taken, clock_ns()):
-            stats[relative] = taken
-    if not changed:
-        return Snapshot(known, stats, worktrees=previous.worktrees)
-    sources = {**known.sources, **changed}
-    newer = Manifest.of(Tree(known.roots, known.ignore), sources)
+            trusted[relative] = taken
+    stats = previous.stats.changed(trusted, gone=[path for path in paths if path not in trusted])
+    newer = known
+    if changed:
+        newer = Manifest.of(Tree(known.roots, known.ignore), known.sources.changed(changed))
     return Snapshot(newer, stats, worktrees=previous.worktrees)
 
 

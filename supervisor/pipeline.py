@@ -27,7 +27,6 @@ import os
 import time
 from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from supervisor import manifest
 from supervisor.blobs import BlobStore
@@ -38,6 +37,7 @@ from supervisor.events import AUTOMATIC_TRIGGERS, OPERATOR_TRIGGERS, Outcome, Re
 from supervisor.manifest import Manifest, Snapshot, Tree
 from supervisor.reload import Reload
 from supervisor.settling import BURST_SECONDS, Settling
+from supervisor.sharded import Sharded
 from supervisor.watch import Hint
 
 _LOCK_LOOK_SECONDS = 0.05
@@ -122,6 +122,8 @@ class Pipeline:
         """Of the last look at the whole tree; see :meth:`Checkout.mark`."""
         self.prints: dict[str, Mapping[str, str]] = {}
         """Sha256 of a source to the prints of its code objects."""
+        self._comparable = Sharded[str]({})
+        """Sources of which all prints are there."""
         self._unread: list[str] = []
         """Relative paths that are still to be read again in this round."""
         self.scanned_at: float | None = None
@@ -159,20 +161,13 @@ class Pipeline:
         if not self.busy:
             self._compiler.prepare()
 
-    def overlap(self) -> tuple[Manifest, Path] | None:
-        """Do what a start will need, while the helper still compiles.
-
-        Returns:
-            What may be started before it is judged, and its file; None if there is nothing.
-        """
+    @property
+    def unjudged(self) -> Manifest | None:
+        """What the helper still compiles and what may be started before it is judged."""
         build = self._build
-        if build is None or self.job is None:
+        if build is None or self.job is None or build.reload.tree == build.reload.previous_tree:
             return None
-        try:
-            file = self._blobs.put_manifest(build.manifest)
-        except OSError:
-            return None  # The start meets it again, and tells.
-        return (build.manifest, file) if build.reload.tree != build.reload.previous_tree else None
+        return build.manifest
 
     # --- watch --------------------------------------------------------------------------------------------
 
@@ -235,7 +230,7 @@ class Pipeline:
         if before is None or self._unreadable:
             self._begin(trigger, now)
             return
-        changed = {*before.manifest.changes(snapshot.manifest), *_touched(before, snapshot)}
+        changed = {*before.manifest.changes(snapshot.manifest), *before.touched(snapshot)}
         if changed:
             pending = self._begin(trigger, now)
             for path in changed:
@@ -576,7 +571,11 @@ class Pipeline:
 
     def knows_prints_of(self, found: Manifest) -> bool:
         """Whether the code of every source of a manifest can be compared."""
-        return all(digest in self.prints for digest in found.sources.values())
+        altered, _ = self._comparable.difference(found.sources)
+        if any(digest not in self.prints for digest in altered.values()):
+            return False
+        self._comparable = found.sources
+        return True
 
     def judge(self, found: Manifest, now: float) -> CompileJob:
         """Have the prints of a manifest's code taken from its blobs; nothing on disk is looked at."""
@@ -646,6 +645,8 @@ class Pipeline:
         """Forget the prints of sources that none of these manifests has."""
         needed = {digest for manifest in keep for digest in manifest.sources.values()}
         self.prints = {digest: prints for digest, prints in self.prints.items() if digest in needed}
+        if not needed.issuperset(self._comparable.values()):
+            self._comparable = Sharded({})
 
     def leave(self) -> None:
         """Let go of a tree that is at rest: another image of the supervisor looks at it anew."""
@@ -659,8 +660,3 @@ class Pipeline:
         if pending is not None and pending.reload.outcome is None:
             self._end(pending.reload, "superseded", detail=why)
         self._compiler.close()
-
-
-def _touched(before: Snapshot, now: Snapshot) -> set[str]:
-    """Return the files that were touched and have their old content: somebody may ask about them."""
-    return {path for path, stats in now.stats.items() if before.stats.get(path, stats) != stats}

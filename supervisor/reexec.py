@@ -45,7 +45,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_origin
 
 import msgspec
 
@@ -66,6 +66,7 @@ from supervisor.metrics import Known
 from supervisor.output import OutputEstate
 from supervisor.own import OwnCode, began_ns
 from supervisor.reporting import ReportingEstate
+from supervisor.sharded import Sharded
 
 log = logging.getLogger("wa-supervisor")
 
@@ -192,7 +193,7 @@ def received(handed_over: str) -> Estate:
     try:
         with open(int(number), "rb") as file:  # noqa: PTH123 -- a descriptor
             content = os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0)
-        estate = msgspec.msgpack.decode(content, type=Estate)
+        estate = msgspec.msgpack.decode(content, type=Estate, dec_hook=_decoded)
     except (OSError, ValueError, msgspec.DecodeError) as error:
         raise RefusedError(f"what is handed over cannot be read by this version: {error}") from error
     if estate.version != VERSION:
@@ -215,10 +216,24 @@ def _encode(estate: Estate) -> bytes:
         RefusedError: it names what is not UTF-8, as a file of the tree may.
     """
     try:
-        return msgspec.msgpack.encode(estate)
+        return msgspec.msgpack.encode(estate, enc_hook=_plain)
     except UnicodeEncodeError as error:
         why = f"a name that is not UTF-8 cannot be handed over: {error.object!a}; restart the supervisor"
         raise RefusedError(why) from error
+
+
+def _plain(value: object) -> object:
+    """Return what a sharded mapping is to another version: a mapping."""
+    if isinstance(value, Sharded):
+        return value.plain()
+    raise NotImplementedError(f"{type(value)} cannot be handed over")
+
+
+def _decoded(kind: type, value: Any) -> object:  # noqa: ANN401 -- what msgspec gives
+    """Return the sharded mapping that was handed over."""
+    if get_origin(kind) is Sharded:
+        return Sharded(value)
+    raise NotImplementedError(f"{kind} cannot be taken over")
 
 
 def _command() -> list[str]:

@@ -216,7 +216,7 @@ class Service:
         self._job: CompileJob | None = None
         self._timers: list[tuple[float, Callable[[], None]]] = []
         self._last_live = 0
-        self._live_is_new = False
+        self._live_is_new = self._is_untidy = False
         self._changed = True
         self._housekeeping_at = self._git_at = self._scan_at = self._verify_at = self._suspect_at = 0.0
         self._git_facts: dict[str, Any] | None = None
@@ -367,12 +367,14 @@ class Service:
 
     def _begin_ahead(self) -> None:
         """Let the next generation import its code while that is judged, if nothing else is under way."""
-        unjudged, state = self._pipeline.overlap(), self._state
-        if unjudged is None or state.live is None or state.candidate or state.stopping:
+        unjudged, state = self._pipeline.unjudged, self._state
+        if unjudged is None:
             return
-        manifest, file = unjudged
-        if self._blobs.holds(manifest):  # Else they are kept anew when it is launched.
-            self._fleet.begin(state.next_number, manifest, file)
+        others = state.live is None or state.candidate is not None or state.stopping
+        if not others and self._blobs.holds(unjudged):  # Else they are kept anew when it is launched.
+            self._fleet.begin(state.next_number, unjudged, self._blobs.manifest_file(unjudged))
+        with contextlib.suppress(OSError):  # The start meets it again, and tells.
+            self._blobs.put_manifest(unjudged)
 
     @property
     def _is_idle(self) -> bool:
@@ -460,6 +462,8 @@ class Service:
             self._follow_git(now)
         self._fleet.look()
         self._pipeline.prepare()
+        if self._is_untidy and not self._pipeline.busy:
+            self._collect_garbage()
         self._hold_to_limits(live, self._reporting.sample(live))
         self._prove_health(now)
 
@@ -668,8 +672,7 @@ class Service:
             self._not_launched(now)
         self._remember()
         if self._live_is_new:
-            self._live_is_new = False
-            self._collect_garbage()
+            self._live_is_new, self._is_untidy = False, True
             self.later(_AFTER_LIVE_SECONDS, self._pipeline.prepare)  # The next save may come soon.
 
     def _remember(self) -> None:
@@ -806,8 +809,7 @@ class Service:
 
     def _collect_garbage(self) -> None:
         """Forget manifests and blobs that nothing needs any more."""
-        if self._pipeline.busy:
-            return
+        self._is_untidy = False
         kept = [manifest for tree, manifest in self._manifests.items() if tree in self._state.trees]
         self._manifests = {manifest.digest: manifest for manifest in (*kept, *self._fleet.manifests)}
         needed = [*self._manifests.values(), *([self._pipeline.disk] if self._pipeline.disk else [])]

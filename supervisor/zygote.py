@@ -47,7 +47,7 @@ from typing import Any, Literal
 from supervisor import ends, processes
 from supervisor.child import frames, loaded, pinned
 from supervisor.child.zygote import PLACEHOLDERS
-from supervisor.manifest import difference
+from supervisor.sharded import Sharded
 
 log = logging.getLogger("wa-supervisor")
 
@@ -136,7 +136,7 @@ class Plan:
     manifest: str
     blobs: str
     first_path: str
-    sources: Mapping[str, str]
+    sources: Sharded[str]
     compiled: frozenset[tuple[str, str]] = frozenset()
 
     @property
@@ -412,7 +412,7 @@ class Zygote:
         *,
         environment: Mapping[str, str],
         directory: str,
-        sources: Mapping[str, str],
+        sources: Sharded[str],
         outputs: tuple[int, int],
         first: frames.Frame,
     ) -> tuple[int, socket.socket] | None:
@@ -448,7 +448,7 @@ class Zygote:
         *,
         environment: Mapping[str, str],
         directory: str,
-        sources: Mapping[str, str],
+        sources: Sharded[str],
         outputs: tuple[int, int],
         first: frames.Frame,
     ) -> bool:
@@ -477,7 +477,7 @@ class Zygote:
         *,
         environment: Mapping[str, str],
         directory: str,
-        sources: Mapping[str, str],
+        sources: Sharded[str],
         first: frames.Frame,
     ) -> tuple[int, socket.socket] | None:
         """Return pid and channel of the child that has begun with just this; None if there is none."""
@@ -729,14 +729,14 @@ def _begin(channel: socket.socket, message: bytes, outputs: tuple[int, int]) -> 
         return False
 
 
-def _with_changes(first: frames.Frame, before: Mapping[str, str], now: Mapping[str, str]) -> frames.Frame:
+def _with_changes(first: frames.Frame, before: Sharded[str], now: Sharded[str]) -> frames.Frame:
     """Return a first message that also says how the tree differs from the zygote's, if that is short."""
-    altered, gone = difference(before, now)
+    altered, gone = before.difference(now)
     short = len(altered) + len(gone) <= _MOST_CHANGES
     return {**first, "changes": [altered, gone]} if short else first
 
 
-def _unjudged(first: frames.Frame, before: Mapping[str, str], now: Mapping[str, str]) -> bytes | None:
+def _unjudged(first: frames.Frame, before: Sharded[str], now: Sharded[str]) -> bytes | None:
     """Return the first message of a child whose code is still being judged; None if it has to wait for that.
 
     What it compiles meanwhile, it compiles without the limits that the helper has: that has to be little.
@@ -760,7 +760,7 @@ def _unfit(built: Plan, wanted: Plan) -> str | None:
     return f"the application has loaded more: {min(missing)}" if missing else None
 
 
-def _misfit(process: _Process, environment: Mapping[str, str], sources: Mapping[str, str]) -> str | None:
+def _misfit(process: _Process, environment: Mapping[str, str], sources: Sharded[str]) -> str | None:
     """Return why a child with this environment and tree cannot come from a zygote."""
     common = {name: value for name, value in environment.items() if name not in PLACEHOLDERS}
     if common != process.plan.environment or process.limits != _limits():
@@ -768,10 +768,11 @@ def _misfit(process: _Process, environment: Mapping[str, str], sources: Mapping[
     if any(len(os.fsencode(environment.get(name, ""))) > len(room) for name, room in PLACEHOLDERS.items()):
         return "there is no room for the child's environment"
     before = process.plan.sources
-    if sources.keys() == before.keys():
+    altered, gone = before.difference(sources)
+    added = {path for path in altered if path not in before}
+    if not (added or gone):
         return None
-    added, removed = sources.keys() - before.keys(), before.keys() - sources.keys()
-    if any(path.endswith("__init__.py") for path in added | removed):
+    if any(path.endswith("__init__.py") for path in (*added, *gone)):
         added = set(sources)  # Another directory may be a package now, or none.
     assert process.ready is not None  # noqa: S101
     names = pinned.top_level_names(added, sources, base_is_package=process.ready.base_is_package)

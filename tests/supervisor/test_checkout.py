@@ -17,6 +17,7 @@ import pytest
 from supervisor.checkout import STALE_LOCK_SECONDS, Checkout
 from supervisor.git import Head
 from supervisor.manifest import Manifest, Snapshot, Tree
+from supervisor.sharded import Sharded
 from tests.supervisor.harness import until
 from tests.supervisor.helpers_edges import folder_for_everybody, run_git, run_unprivileged
 
@@ -254,7 +255,7 @@ def test_every_repository_that_concerns_the_roots_is_looked_at(clone: Path, tmp_
 
 def snapshot(tree: Tree, content: str = "x") -> Snapshot:
     worktrees = tuple(folder.path for folder in tree.folders() if folder.is_worktree)
-    return Snapshot(Manifest.of(tree, {"a.py": content}), {}, worktrees=worktrees)
+    return Snapshot(Manifest.of(tree, {"a.py": content}), Sharded({}), worktrees=worktrees)
 
 
 def test_commit_of_a_tree_is_where_head_stood_before_it_was_last_seen(clone: Path) -> None:

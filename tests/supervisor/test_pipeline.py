@@ -323,7 +323,7 @@ def test_scan_reads_every_file_again_within_its_time(bench: Bench) -> None:
     (bench.tree / "a.py").write_text("VALUE = 7\n", encoding="utf-8")
     facts = (bench.tree / "a.py").stat()
     lie = (facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino, facts.st_dev)
-    bench.pipeline._snapshot = manifest.Snapshot(snapshot.manifest, {**snapshot.stats, "a.py": lie})
+    bench.pipeline._snapshot = manifest.Snapshot(snapshot.manifest, snapshot.stats.changed({"a.py": lie}))
     for _ in range(301):
         bench.now += 1.0
         bench.pipeline.scan(bench.now)
