@@ -8,10 +8,10 @@ This is the supervisor's end; :mod:`supervisor.child.zygote` runs inside. The ru
 - Facts are taken again *after* the fork was asked for, while it is made, and the child begins when they have
   been found unchanged: it has loaded what a process of its own would have loaded at that moment.
 - A fork takes longer than compiling a file, so it is made ahead: at the first sign of a change
-  (:meth:`Zygote.prepare`), and for :data:`SPARE_SECONDS` after each fork that was needed, because a change is
-  often followed by another. What is forked ahead has no code, no number and no output of its own, and waits
-  for them; if nobody needs it, it is ended. Its process is older than its generation then. While nothing
-  happens there is none: it would cost the memory of a child.
+  (:meth:`Zygote.prepare`), and for :data:`SPARE_SECONDS` after each start, because a start is often followed
+  by a change, and a change by another. What is forked ahead has no code, no number and no output of its own,
+  and waits for them; if nobody needs it, it is ended. Its process is older than its generation then. While
+  nothing happens there is none: it would cost the memory of a child.
 - **What was forked ahead begins before its code is judged** (:meth:`Zygote.begin`), beside the helper that
   compiles. It compiles what has changed before it imports anything: of code that does not compile nothing
   runs.
@@ -57,7 +57,7 @@ FRESH_SECONDS = 0.02
 """A look at the disk that is older is taken again before a child begins. It takes 1 to 2 milliseconds."""
 
 SPARE_SECONDS = 120.0
-"""For how long after a fork another child is kept ready."""
+"""For how long after a fork, or after it was built, another child is kept ready."""
 
 _SPARE_WAITS_SECONDS = 0.15
 """After which it is made: the processors are for the child that has just begun."""
@@ -505,10 +505,12 @@ class Zygote:
         self._ahead = None
         self._forks += 1
         process.last_child = pid
-        now = time.monotonic()
-        self._spare_from, self._spare_until = now + _SPARE_WAITS_SECONDS, now + SPARE_SECONDS
-        self._spare_directory = ahead.directory
+        self._want_spare(ahead.directory, time.monotonic())
         return pid, ahead.channel
+
+    def _want_spare(self, directory: str, now: float) -> None:
+        self._spare_from, self._spare_until = now + _SPARE_WAITS_SECONDS, now + SPARE_SECONDS
+        self._spare_directory = directory
 
     def _child(self, process: _Process, directory: str) -> _Ahead:
         """Return the child that was asked for beforehand if it will do, a new one otherwise."""
@@ -662,6 +664,8 @@ class Zygote:
             return
         if process.ready.newest_ns >= process.started_wall_ns - _GRAIN_NS:
             self._failed("a library was changed while it was loaded")
+            return
+        self._want_spare(process.plan.directory, process.ready_at)
 
     def _receive(self, process: _Process) -> list[frames.Frame]:
         """Return what it has said; nobody listens again to one that closed its end or said something else."""

@@ -1,14 +1,17 @@
 """Pages: gives a forked process memory of its own, at a moment when nobody waits for it.
 
 A forked child shares its memory with the zygote and copies each page when it first writes to it, which takes
-longer one by one than many at a time. There are two moments at which it stands about:
+longer one by one than many at a time. There are three moments at which it stands about:
 
-- **before it begins**, while the change is still being compiled: it copies the pages that the generation
-  before it, forked from the same zygote, has written to until it was live (:func:`populate`). The layout of
-  their memory is the same. These are some 1,500 faults between the first message and "live";
-- **when it is live** it copies all others (:func:`make_own`). The end of an interpreter writes to nearly all
-  of them (it counts down the references to every object), so in a ``replace`` handover 4,000 page faults
-  would stand between the old child's last word and the new one's first: half of the time that the end takes.
+- **before it begins**, while the change is still being compiled: it copies the pages that a generation before
+  it, forked from the same zygote, has written to until it was live. The layout of their memory is the same.
+  These are some 1,500 faults between the first message and "live";
+- **if still nobody has anything for it to do**, because it was forked long before it is needed, it copies all
+  others, too (:func:`claim`);
+- **when it is live** it copies those that are left (:func:`make_own`). The end of an interpreter writes to
+  nearly all of them (it counts down the references to every object), so in a ``replace`` handover 4,000 page
+  faults would stand between the old child's last word and the new one's first: half of the time that the end
+  takes.
 
 The child then has the memory that it would have had if it had been started by itself.
 
@@ -18,13 +21,14 @@ yet, are left alone. Where the kernel cannot do it, nothing happens.
 
 Rejected: to end without letting the interpreter go (``os._exit``): what an application's objects do at their
 end would not be done; to write to the pages (another thread may write to the same byte); to copy all of them
-before it begins (more than ten milliseconds, longer than a change is compiled).
+before it begins although somebody waits (more than ten milliseconds, longer than a change is compiled).
 
 Source: madvise(2), proc(5) ``pagemap``: bit 63 "present", bit 56 "exclusively mapped".
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 from array import array
@@ -43,21 +47,31 @@ Run = tuple[int, int]
 """Number of the first of some pages, and how many they are."""
 
 
-def populate(runs: Iterable[Run], enough: Callable[[], bool]) -> None:
-    """Copy these pages, as far as this process has them.
+def claim(runs: Iterable[Run], awaited: Callable[[], bool]) -> bool:
+    """Copy these pages, then all others that are shared, until somebody waits for this process.
 
     Args:
         runs: what :func:`make_own` has returned to another process of the same layout.
-        enough: is asked now and then whether somebody waits for this process.
+        awaited: whether somebody does.
+
+    Returns:
+        Whether others were copied, too: :func:`make_own` cannot tell then which ones were written to.
     """
     copy, copied = _copier(), 0
     for run in runs:
         copy(run)  # What is not mapped here, or cannot be written to, is refused, and that is all.
         copied += run[1]
         if copied >= _MOST_PAGES:
-            if enough():
-                return
+            if awaited():
+                return False
             copied = 0
+    if awaited():
+        return False
+    with contextlib.suppress(OSError):  # We may not know; they are copied one by one.
+        for run, shared in in_slices(_runs(os.sysconf("SC_PAGESIZE"))):
+            if shared and (awaited() or not copy(run)):
+                break
+    return True
 
 
 def make_own() -> list[Run]:

@@ -91,6 +91,8 @@ class _Channel:
         self._reports = metrics.Reports()
         self._reporting = threading.Lock()
         self._early: list[frames.Frame] = []
+        self.has_claimed = False
+        """This process has copied memory that it had not written to, before it began."""
         self._has_its_memory = False
         self.gate = threading.Event()
         self.begun = threading.Event()
@@ -189,7 +191,9 @@ class _Channel:
                 self.send({"type": "modules", "modules": _libraries(pins), "compiled": compiled})
                 if live.forked and not self._has_its_memory:  # It is live now: nobody waits for it.
                     self._has_its_memory = True
-                    self.send({"type": "pages", "runs": pages.make_own()})
+                    written = pages.make_own()
+                    if not self.has_claimed:  # Else nobody knows which of them it has written to.
+                        self.send({"type": "pages", "runs": written})
             case "metrics":
                 if frame.get("whole"):
                     self._reports.forget()
@@ -249,7 +253,7 @@ def run(descriptor: int, plain_modules: frozenset[str], run_name: str) -> NoRetu
         _die_with(int(start["supervisor_pid"]), channel.connection)
         forked = zygote.serve(*channel.detach(), start, plain_modules)
         channel = _Channel(_socket(forked.descriptor))
-        pages.populate(forked.pages, lambda: _readable(channel.connection, 0.0))
+        channel.has_claimed = pages.claim(forked.pages, lambda: _readable(channel.connection, 0.0))
         start = channel.start_message()
         forked.environment.write(start["variables"])
         frozen, before = forked.frozen, forked.pins

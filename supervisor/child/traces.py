@@ -21,6 +21,7 @@ import os
 import socket
 import stat
 import sys
+from itertools import compress
 from typing import Any
 
 _MOST_OBJECTS = 50_000
@@ -45,7 +46,7 @@ def are_left(own: socket.socket) -> bool:
                 stream.flush()
         descriptors = {int(name) for name in os.listdir("/proc/self/fd")} - _STANDARD - {own.fileno()}
         threads = len(os.listdir("/proc/self/task")) - len(("this one", "the channel's"))
-        return threads > 0 or _has_children() or _are_held(descriptors) or _run_at_the_end(own)
+        return threads > 0 or _has_children() or _are_held(descriptors) or _run_at_the_end()
     except Exception:  # noqa: BLE001 -- objects of the program are asked, and a doubt is a yes
         return True
 
@@ -87,17 +88,19 @@ def _is_a_letter_box(descriptor: int) -> bool:
         return found.family == socket.AF_UNIX and found.type == socket.SOCK_DGRAM and not found.getsockname()
 
 
-def _run_at_the_end(own: socket.socket) -> bool:
+def _run_at_the_end() -> bool:
     """Whether some object has code that runs, or bytes that are written, when it is let go."""
-    objects = [thing for thing in gc.get_objects() if thing is not own]
+    objects = gc.get_objects()
     if len(objects) > _MOST_OBJECTS:
         return True
-    kinds = {type(thing) for thing in objects}
-    ending = {kind for kind in kinds if hasattr(kind, "__del__")}  # Suspended generators are of these.
-    files = {kind for kind in ending if issubclass(kind, io.IOBase)}
-    return bool(ending - files - {socket.socket}) or any(
-        type(thing) in files and _has_bytes(thing) for thing in objects
-    )
+    # 35,000 of them after an ordinary start: the loops are the interpreter's own.
+    ending = {kind for kind in set(map(type, objects)) if hasattr(kind, "__del__")}
+    files = {
+        kind for kind in ending if issubclass(kind, io.IOBase)
+    }  # Suspended generators are of the others.
+    if ending - files - {socket.socket}:
+        return True
+    return any(map(_has_bytes, compress(objects, map(files.__contains__, map(type, objects)))))
 
 
 def _has_bytes(file: Any) -> bool:  # noqa: ANN401 -- an io.IOBase

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -350,13 +351,34 @@ def test_child_that_was_forked_ahead_and_is_not_needed_ends(bench: Bench) -> Non
 
     (bench.tree / "answer.py").touch()
     started.expect("unchanged")
+    until(lambda: bench.zygote["spare"] is not None)
+    unneeded = psutil.Process(bench.zygote["spare"])
     (bench.tree / "answer.py").write_text("VALUE = (\n", encoding="utf-8")
     started.expect("rejected")
-    until(lambda: programs() == len(("live", "zygote")))
-    assert (bench.zygote["forks"], bench.zygote["spare"]) == (0, None)
+    until(lambda: is_gone(unneeded))
+    until(lambda: programs() == len(("live", "zygote", "the next one")))
+    assert bench.zygote["forks"] == 0
     bench.answer(2)
     started.expect("running 2 old")
     assert bench.zygote["forks"] == 1
+
+
+def test_first_change_after_a_start_finds_a_child_that_has_its_memory(
+    bench: Bench, not_checked: Callable[[str], None]
+) -> None:
+    started = bench.start()
+    started.expect("running 1 old")
+    bench.ready()
+    until(lambda: bench.zygote["spare"] is not None)
+    spare = psutil.Process(bench.zygote["spare"])
+    if tuple(map(int, platform.release().split(".")[:2])) >= (5, 14):
+        until(lambda: spare.memory_full_info().uss > spare.memory_info().rss / 2)
+    else:
+        not_checked("its memory: the kernel has no MADV_POPULATE_WRITE")
+    bench.answer(2)
+    started.expect("running 2 old")
+    until(lambda: started.status()["in_sync"])
+    assert started.live().pid == spare.pid
 
 
 def test_after_a_reload_the_next_child_waits_for_the_next_one_and_takes_its_code_and_its_place(
