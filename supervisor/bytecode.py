@@ -24,8 +24,9 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
+
+from msgspec import Struct, field
 
 from supervisor.errors import SourceError
 from supervisor.manifest import Manifest, Tree
@@ -46,8 +47,7 @@ _HEARD_VARIABLES = frozenset({"PYTHONPYCACHEPREFIX", "PYTHONHOME", "PYTHONUTF8",
 """Which of Python's own variables the helper takes over: where things lie, and how names are spelt."""
 
 
-@dataclass(frozen=True)
-class BytecodeReport:
+class BytecodeReport(Struct, frozen=True):
     """What the helper did.
 
     Attributes:
@@ -71,7 +71,7 @@ class BytecodeReport:
     stale: Mapping[str, str] = field(default_factory=dict)
     swept: bool = False
     passing: bool = False
-    prints: Mapping[str, Mapping[str, str]] = field(default_factory=dict, compare=False)
+    prints: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 class CompileJob:
@@ -166,8 +166,7 @@ class CompileJob:
         return f"{place}the compile helper ended {how} before it was done"
 
 
-@dataclass(frozen=True)
-class _Helper:
+class _Helper(Struct, frozen=True):
     """A helper that has not been told its work; ``output`` is where its report will come from."""
 
     process: subprocess.Popen[bytes]

@@ -39,8 +39,9 @@ import logging
 import os
 import time
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
+
+from msgspec import Struct, field
 
 from supervisor import git, processes
 from supervisor.git import Head, Repository
@@ -73,8 +74,7 @@ _NEVER_LOCKS = frozenset(
 """Commands of git that may run for days beside a lock that is not theirs."""
 
 
-@dataclass(frozen=True)
-class Lock:
+class Lock(Struct, frozen=True):
     """A lock file of git.
 
     Attributes:
@@ -95,8 +95,7 @@ class Lock:
         return f"git{' ' if self.holders else ''}{', '.join(self.holders)} holds {self.path}"
 
 
-@dataclass
-class _Watched:
+class _Watched(Struct):
     """What is known of one lock file.
 
     Attributes:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import datetime as dt
 import logging
 from collections.abc import Collection
-from dataclasses import replace
 from pathlib import Path
 from typing import cast
+
+from msgspec.structs import replace
 
 from supervisor import remembered
 from supervisor.events import AUTOMATIC_TRIGGERS, Drained, Promoted, Reason, Restarting

@@ -10,6 +10,7 @@ A command loads what it needs and no more: none waits for what only another one 
 from __future__ import annotations
 
 import argparse
+import gc
 import io
 import json
 import logging
@@ -17,9 +18,10 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
 
 from supervisor import control, flags, logfile
 from supervisor.environment import ESTATE_VARIABLE, MULTIPROCESS_VARIABLES, namesake
@@ -86,6 +88,7 @@ def _run(given: argparse.Namespace) -> int:
         from supervisor import reexec  # noqa: PLC0415
         from supervisor.service import Service  # noqa: PLC0415
 
+        _collect_garbage_again()
         ended: int | reexec.Estate | None = reexec.received(handed_over) if handed_over else None
         while not isinstance(ended, int):
             output = Output(settings.state_dir / CHILD_LOG, estate=ended.output if ended else None)
@@ -104,6 +107,12 @@ def _run(given: argparse.Namespace) -> int:
             if isinstance(ended, reexec.Estate):
                 ended = reexec.replace_image(ended)
     return ended
+
+
+def _collect_garbage_again() -> None:
+    """End what :mod:`supervisor.__main__` has begun; what is there by now is never looked at again."""
+    gc.freeze()
+    gc.enable()
 
 
 def _status(given: argparse.Namespace) -> int:
@@ -277,8 +286,7 @@ def _only_print(parser: Parser) -> None:
     parser.add_argument("--print", action="store_true", help="Show the unit, write nothing.")
 
 
-@dataclass(frozen=True)
-class _Command:
+class _Command(Struct, frozen=True):
     """What carries it out and returns the exit code, and what adds the flags that not every command has."""
 
     carry_out: Callable[[argparse.Namespace], int]
@@ -342,6 +350,7 @@ def _carry_out(words: list[str]) -> int:
     parser = Parser(f"wa-supervisor {name}", command.carry_out.__doc__)
     if name == "run":
         return command.carry_out(flags.parse_run(parser, rest))
+    _collect_garbage_again()
     for add in command.add_flags:
         add(parser)
     if command.about_a_supervisor:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+from msgspec import Struct
 
 from supervisor.blobs import BlobStore
 from supervisor.checkout import Checkout
@@ -70,8 +71,7 @@ class Desk(Protocol):
         """Note for the record what an operator did."""
 
 
-@dataclass(frozen=True)
-class _Verification:
+class _Verification(Struct, frozen=True):
     """A command that waits for an attestation of one generation."""
 
     client: Client

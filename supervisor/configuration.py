@@ -9,19 +9,18 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec import Struct
 
 from supervisor import environment, launch
 from supervisor.lifecycle import Policy
 from supervisor.settings import Settings, changeable
 
 
-@dataclass(frozen=True)
-class ConfigurationEstate:
+class ConfigurationEstate(Struct, frozen=True):
     """What the live generation was started with, as it is left to the next image of the supervisor.
 
     Attributes:

@@ -23,9 +23,10 @@ import stat
 import struct
 import sys
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
 
 from supervisor import lock
 from supervisor.errors import NoSupervisorError, UsageError
@@ -40,8 +41,7 @@ _PEER = struct.Struct("3i")
 Answer = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class ClientEstate:
+class ClientEstate(Struct, frozen=True):
     """A connection as it is left to the next image of the supervisor; see :class:`Client`."""
 
     connection: int
@@ -51,8 +51,7 @@ class ClientEstate:
     waits_for_us: bool
 
 
-@dataclass(frozen=True)
-class ControlEstate:
+class ControlEstate(Struct, frozen=True):
     """The socket as it is left to the next image of the supervisor.
 
     Attributes:

@@ -23,7 +23,8 @@ import selectors
 import signal
 import subprocess
 from collections.abc import Collection, Hashable, Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from supervisor.git import Repository
 
@@ -43,8 +44,7 @@ _OWN_VARIABLES = {
 }
 
 
-@dataclass
-class _Job:
+class _Job(Struct):
     """A git that was asked.
 
     Attributes:

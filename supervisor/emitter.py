@@ -24,8 +24,8 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
+from msgspec import Struct
 from watchdog.events import (
     DirCreatedEvent,
     DirDeletedEvent,
@@ -63,8 +63,7 @@ class OverflowEvent(FileSystemEvent):
     event_type = "overflow"
 
 
-@dataclass(frozen=True, slots=True)
-class Followed:
+class Followed(Struct, frozen=True):
     """What came of :meth:`TreeEmitter.follow`.
 
     Attributes:

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import os
 import signal
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from supervisor import processes
 
 
-@dataclass(frozen=True)
-class End:
+class End(Struct, frozen=True):
     """How a process ended: exactly one of the first two is set.
 
     Attributes:
@@ -81,8 +81,7 @@ class OutOfMemoryKills:
         return None
 
 
-@dataclass(frozen=True)
-class Look:
+class Look(Struct, frozen=True):
     """A living process as the kernel shows it. What may not be read is empty.
 
     Attributes:

@@ -17,8 +17,9 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from supervisor import plainfile
 from supervisor.errors import UsageError
@@ -39,8 +40,7 @@ _ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 _ESCAPED_IN_QUOTES = frozenset('"\\`$')
 
 
-@dataclass(frozen=True)
-class Environment:
+class Environment(Struct, frozen=True):
     """What children are started with.
 
     Attributes:

@@ -32,8 +32,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
 from functools import lru_cache
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 TOTAL_KINDS = frozenset({"counter", "histogram", "summary"})
 """Kinds whose samples are added over generations; of all others the live generation's are shown."""
@@ -78,8 +80,7 @@ class FamilyError(ValueError):
     """A reported family is not of the agreed form; it is left out of the exposition."""
 
 
-@dataclass(frozen=True, slots=True)
-class Family:
+class Family(Struct, frozen=True):
     """A metric family of one child.
 
     Attributes:
@@ -103,8 +104,7 @@ class Family:
         return frozenset({self.name, *(self.name + suffix for suffix in _SUFFIXES[self.kind])})
 
 
-@dataclass(frozen=True, slots=True)
-class Lasting:
+class Lasting(Struct, frozen=True):
     """A total that outlives the processes that show it.
 
     Attributes:
@@ -126,8 +126,7 @@ class Lasting:
         return Lasting(since, max(value, self.value), self.before)
 
 
-@dataclass(frozen=True, slots=True)
-class Totals:
+class Totals(Struct, frozen=True):
     """What one generation has counted so far.
 
     Attributes:
@@ -153,8 +152,7 @@ class Totals:
         return added(self.carried, self.last)
 
 
-@dataclass(frozen=True, slots=True)
-class Form:
+class Form(Struct, frozen=True):
     """A family without its values, which is all of it that seldom changes.
 
     Attributes:

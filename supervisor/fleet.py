@@ -16,9 +16,10 @@ import secrets
 import selectors
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct, field
 
 from supervisor import ends, events, launch, masking, orphans, processes, verify
 from supervisor.child.zygote import PLACEHOLDERS
@@ -40,8 +41,7 @@ _DUMP_BEGINS = "Fatal Python error: Aborted"
 _OUTPUT_LINES = 50
 
 
-@dataclass
-class Running:
+class Running(Struct):
     """A generation's process and what is known of it.
 
     Attributes:
@@ -79,8 +79,7 @@ class Running:
     adopted: bool = False
 
 
-@dataclass(frozen=True)
-class RunningEstate:
+class RunningEstate(Struct, frozen=True):
     """A generation's process as it is left to the next image of the supervisor; see :class:`Running`.
 
     Attributes:
@@ -100,8 +99,7 @@ class RunningEstate:
     seen: frozenset[tuple[int, int]]
 
 
-@dataclass(frozen=True)
-class FleetEstate:
+class FleetEstate(Struct, frozen=True):
     """All processes of generations, and the children that are none (:class:`orphans.Lineages`)."""
 
     running: tuple[RunningEstate, ...] = ()

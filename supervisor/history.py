@@ -26,11 +26,12 @@ import threading
 import uuid
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from supervisor.aside import set_aside
 from supervisor.scribe import Scribe
@@ -79,8 +80,7 @@ _PASSING = frozenset(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ending:
+class Ending(Struct, frozen=True, kw_only=True):
     """How a child ended that nobody had asked to, or why it was killed.
 
     Attributes:
@@ -104,8 +104,7 @@ class Ending:
     dump: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Record:
+class Record(Struct, frozen=True, kw_only=True):
     """One thing that happened to the running code.
 
     Attributes:

@@ -24,9 +24,10 @@ import os
 import signal
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
+
+from msgspec import Struct, field
 
 from supervisor import ends
 from supervisor.child import frames
@@ -50,8 +51,7 @@ STRIPPED_VARIABLES = (
 child writes comes to the journal through us."""
 
 
-@dataclass(frozen=True)
-class LaunchRequest:
+class LaunchRequest(Struct, frozen=True):
     """What a generation is started from.
 
     Attributes:
@@ -75,8 +75,7 @@ class LaunchRequest:
     sources: Sharded[str] = field(default_factory=lambda: Sharded({}))
 
 
-@dataclass(frozen=True)
-class ChildEstate:
+class ChildEstate(Struct, frozen=True):
     """A child as it is left to the next image of the supervisor.
 
     Attributes:
@@ -97,8 +96,7 @@ class ChildEstate:
         return [self.channel, *([self.pidfd] if self.pidfd is not None else [])]
 
 
-@dataclass
-class Child:
+class Child(Struct):
     """A started process. Owned by the main loop; closed by :func:`reap`.
 
     Attributes:

@@ -40,8 +40,10 @@ asked about all of them. The form is that of h11's ``_state.py``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from enum import Enum
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from supervisor.events import (
     AUTOMATIC_TRIGGERS,
@@ -99,8 +101,7 @@ class Stage(Enum):
     DRAINING = "draining"
 
 
-@dataclass(frozen=True)
-class Policy:
+class Policy(Struct, frozen=True):
     """The rules that an operator can set, durations in seconds.
 
     Attributes:
@@ -130,8 +131,7 @@ class Policy:
     jitter: Callable[[], float] = lambda: 1.0
 
 
-@dataclass(frozen=True)
-class Generation:
+class Generation(Struct, frozen=True):
     """One child as the decisions see it.
 
     Attributes:
@@ -189,16 +189,14 @@ class Generation:
         )
 
 
-@dataclass(frozen=True)
-class Fault:
+class Fault(Struct, frozen=True):
     """Why a tree is in quarantine; ``reason`` is None where the operator put it there."""
 
     reason: Reason | None
     detail: str
 
 
-@dataclass(frozen=True)
-class Retry:
+class Retry(Struct, frozen=True):
     """A start that waits for its time.
 
     Attributes:
@@ -212,8 +210,7 @@ class Retry:
     trigger: str
 
 
-@dataclass(frozen=True)
-class State:
+class State(Struct, frozen=True):
     """All that is decided upon.
 
     Attributes:
@@ -281,8 +278,7 @@ class State:
         return min(times, default=None)
 
 
-@dataclass
-class _Step:
+class _Step(Struct):
     """One event's way through the rules: a state that is replaced, actions that are collected."""
 
     policy: Policy

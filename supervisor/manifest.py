@@ -31,8 +31,9 @@ import os
 import stat
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from supervisor.child.ignored import is_ignored, is_left_out
 from supervisor.errors import SourceError
@@ -72,8 +73,7 @@ _MAX_SOURCE_BYTES = 32 * 1024**2
 StatTuple = tuple[int, int, int, int, int]
 
 
-@dataclass(frozen=True, slots=True)
-class Tree:
+class Tree(Struct, frozen=True):
     """The watched roots.
 
     Attributes:
@@ -137,8 +137,7 @@ class Tree:
                         pending.append(below)
 
 
-@dataclass(frozen=True, slots=True)
-class Folder:
+class Folder(Struct, frozen=True):
     """A directory of the tree.
 
     Attributes:
@@ -154,8 +153,7 @@ class Folder:
     is_worktree: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Manifest:
+class Manifest(Struct, frozen=True):
     """What the tree consists of.
 
     Attributes:
@@ -188,8 +186,7 @@ class Manifest:
         return tuple(sorted([*altered, *gone]))
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
+class Snapshot(Struct, frozen=True):
     """A manifest with the trusted stat tuples of its files; what the next scan starts from.
 
     Attributes:
@@ -405,8 +402,7 @@ def _is_trusted(taken: StatTuple, now_ns: int) -> bool:
 # --- one directory ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
+class _Place(Struct, frozen=True):
     """A directory on the way down from a root.
 
     Attributes:
@@ -433,8 +429,7 @@ class _Place:
         return _Place(link, self.excluded, way)
 
 
-@dataclass(frozen=True, slots=True)
-class _Listing:
+class _Listing(Struct, frozen=True):
     sources: list[str]
     below: list[_Place]
     is_worktree: bool

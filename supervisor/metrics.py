@@ -29,12 +29,12 @@ from __future__ import annotations
 import collections
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from functools import reduce
 from itertools import accumulate
-from typing import TypeVar, get_args
+from typing import TYPE_CHECKING, TypeVar, get_args
 
-import psutil
+from msgspec import Struct, field
+from msgspec.structs import replace
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -63,6 +63,9 @@ from supervisor.families import (
     parse_whole,
     total_values,
 )
+
+if TYPE_CHECKING:
+    import psutil
 
 TRIGGERS = (
     "watch",
@@ -294,6 +297,8 @@ class ProcessSampler:
                 gauge.set(float("nan"))
         if pid is None:
             return None
+        import psutil  # noqa: PLC0415 -- a start does not wait for it
+
         try:
             self._process = self._process or psutil.Process(pid)
             with self._process.oneshot():
@@ -313,8 +318,7 @@ class ProcessSampler:
         return memory or None
 
 
-@dataclass(frozen=True, slots=True)
-class Known:
+class Known(Struct, frozen=True):
     """Everything that is known of the children's series at one moment.
 
     Attributes:
@@ -520,8 +524,7 @@ def _gone(known: Known, now: float) -> frozenset[str]:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Believed:
+class _Believed(Struct, frozen=True):
     """Whose gauges are: those of the generation that serves, and of the one that served before it."""
 
     live: bool

@@ -24,8 +24,9 @@ import struct
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from supervisor.errors import UsageError
 
@@ -166,8 +167,7 @@ def _one_line(text: str) -> str:
     return line.encode("utf-8", "replace")[:_MAX_STATUS_BYTES].decode("utf-8", "ignore")
 
 
-@dataclass(frozen=True, slots=True)
-class Datagram:
+class Datagram(Struct, frozen=True):
     """One message of a child.
 
     Attributes:

@@ -49,8 +49,9 @@ import signal
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
+
+from msgspec import Struct, field
 
 from supervisor import processes
 from supervisor.child.zygote import PLACEHOLDERS
@@ -66,8 +67,7 @@ SWEEP_SECONDS = 1.0
 """Longest time that the next generation waits for what an ended one left behind."""
 
 
-@dataclass(frozen=True)
-class Swept:
+class Swept(Struct, frozen=True):
     """What became of those who were left behind; each is named as ``123 (python3)``.
 
     Attributes:
@@ -83,8 +83,7 @@ class Swept:
     spared: tuple[str, ...] = ()
 
 
-@dataclass
-class _Lineage:
+class _Lineage(Struct):
     """A main process and who descends from it.
 
     Attributes:

@@ -37,10 +37,11 @@ import select
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
+
+from msgspec import Struct
 
 from supervisor.logfile import LogFile
 from supervisor.masking import mask
@@ -68,8 +69,7 @@ class Pipes(NamedTuple):
     stderr: int
 
 
-@dataclass(frozen=True)
-class SourceEstate:
+class SourceEstate(Struct, frozen=True):
     """A pipe of a generation as it is left to the next image of the supervisor; see :class:`_Source`.
 
     Attributes:
@@ -89,8 +89,7 @@ class SourceEstate:
     forgotten: bool
 
 
-@dataclass(frozen=True)
-class OutputEstate:
+class OutputEstate(Struct, frozen=True):
     """What is on its way, as it is left to the next image of the supervisor.
 
     Attributes:
@@ -524,8 +523,7 @@ class _Sink:
             self.queue.popleft()
 
 
-@dataclass(eq=False)
-class _Source:
+class _Source(Struct, eq=False):
     """The read end of one pipe.
 
     Attributes:

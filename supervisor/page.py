@@ -25,9 +25,10 @@ import base64
 import hashlib
 import html
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct, field
 
 RECORDS_SHOWN = 50
 MODULES_SHOWN = 500
@@ -51,8 +52,7 @@ class Html(str):
     __slots__ = ()
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(Struct, frozen=True):
     """Numbers of the child, added up.
 
     Attributes:
@@ -72,8 +72,7 @@ class Table:
     across: str | None = None
 
 
-@dataclass(frozen=True)
-class View:
+class View(Struct, frozen=True):
     """What the page shows.
 
     Attributes:

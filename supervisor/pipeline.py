@@ -26,7 +26,8 @@ import math
 import os
 import time
 from collections.abc import Callable, Collection, Hashable, Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from supervisor import manifest
 from supervisor.blobs import BlobStore
@@ -44,8 +45,7 @@ _LOCK_LOOK_SECONDS = 0.05
 _TRY_AGAIN_SECONDS = 5.0
 
 
-@dataclass
-class _Build:
+class _Build(Struct):
     """What is being compiled.
 
     Attributes:
@@ -58,8 +58,7 @@ class _Build:
     rejection: str | None = None
 
 
-@dataclass(frozen=True)
-class Built:
+class Built(Struct, frozen=True):
     """A manifest whose sources all compile."""
 
     reload: Reload

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 _PROC = "/proc"
 
 
-@dataclass(frozen=True)
-class Identity:
+class Identity(Struct, frozen=True):
     """What tells a process from every other one that had or will have its pid.
 
     Attributes:
@@ -34,8 +34,7 @@ class Identity:
     boot_id: str
 
 
-@dataclass(frozen=True)
-class Process:
+class Process(Struct, frozen=True):
     """A process at the moment when it was read.
 
     Attributes:

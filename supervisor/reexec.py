@@ -43,11 +43,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn, get_origin
 
 import msgspec
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from supervisor import bytecode, manifest
 from supervisor.blobs import BlobStore
@@ -85,8 +86,7 @@ class RefusedError(SupervisorError):
     """The supervisor cannot be replaced in place now; it goes on as it is. The message says why."""
 
 
-@dataclass(frozen=True)
-class Lived:
+class Lived(Struct, frozen=True):
     """What a record will need to say of the live generation if that fails on probation."""
 
     tree: str | None = None
@@ -94,8 +94,7 @@ class Lived:
     previous_tree: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Estate:
+class Estate(Struct, frozen=True, kw_only=True):
     """What one image of the supervisor leaves to the next, within one process.
 
     Attributes:

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec import Struct, field
 
 from supervisor.events import Outcome, Reason
 
 _SHOWN_PATHS = 20
 
 
-@dataclass(eq=False)
-class Reload:
+class Reload(Struct, eq=False):
     """One way through the pipeline, and its record.
 
     Attributes:

@@ -16,11 +16,11 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
+from msgspec import Struct, field
 
 from supervisor.aside import set_aside
 
@@ -31,8 +31,7 @@ _Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 _Positive = Annotated[int, msgspec.Meta(ge=1)]
 
 
-@dataclass(frozen=True)
-class Quarantined:
+class Quarantined(Struct, frozen=True):
     """Why a tree is not started again.
 
     Attributes:
@@ -46,8 +45,7 @@ class Quarantined:
     at: str
 
 
-@dataclass(frozen=True)
-class RecordedProcess:
+class RecordedProcess(Struct, frozen=True):
     """A child as it can be found again, and told from another process that got its pid.
 
     Attributes:
@@ -63,8 +61,7 @@ class RecordedProcess:
     boot_id: str
 
 
-@dataclass(frozen=True)
-class Remembered:
+class Remembered(Struct, frozen=True):
     """What outlives a supervisor.
 
     Attributes:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
+from msgspec import Struct, field
 from prometheus_client import CollectorRegistry
 
 from supervisor import health
@@ -31,8 +31,7 @@ _SHORT_DIGEST = 12
 _SHOWN_PATHS = 100
 
 
-@dataclass(frozen=True)
-class ReportingEstate:
+class ReportingEstate(Struct, frozen=True):
     """What was told, as it is left to the next image of the supervisor.
 
     Attributes:

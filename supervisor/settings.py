@@ -15,11 +15,11 @@ import re
 import sys
 import sysconfig
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Struct, field
 
 from supervisor import plainfile
 from supervisor.errors import UsageError
@@ -47,8 +47,7 @@ _FIXED = {
 }
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(Struct, frozen=True):
     """What to run.
 
     Attributes:
@@ -65,8 +64,7 @@ class Target:
         return f"-m {self.name}" if self.kind == "module" else self.name
 
 
-@dataclass(frozen=True)
-class Flag:
+class Flag(Struct, frozen=True):
     """How an option is shown on the command line.
 
     Attributes:
@@ -144,8 +142,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     ] = "127.0.0.1:9464"
 
 
-@dataclass(frozen=True)
-class Selection:
+class Selection(Struct, frozen=True):
     """Some series of a metric of the child.
 
     Attributes:
@@ -159,8 +156,7 @@ class Selection:
     only: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(Struct, frozen=True):
     """Everything a supervisor needs to know, resolved.
 
     Attributes:

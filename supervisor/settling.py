@@ -17,7 +17,8 @@ Times are monotonic seconds, passed in.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from supervisor import writers
 from supervisor.reload import Reload
@@ -34,8 +35,7 @@ _WRITER_LOOK_SECONDS = 0.02
 _MOST_ASKED_ABOUT = 50
 
 
-@dataclass
-class Settling:
+class Settling(Struct):
     """Signs of a change that has not come to rest.
 
     Attributes:

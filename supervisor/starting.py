@@ -15,7 +15,8 @@ import logging
 import selectors
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from supervisor import events
 from supervisor.blobs import BlobStore
@@ -32,8 +33,7 @@ _PASSING_ERRORS = frozenset({errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENO
 _TRY_AGAIN_SECONDS = 5.0
 
 
-@dataclass(frozen=True)
-class _Waiting:
+class _Waiting(Struct, frozen=True):
     """A generation that waits for the prints of its code; an adopted one has its process already."""
 
     manifest: Manifest

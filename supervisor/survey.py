@@ -12,7 +12,8 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from supervisor import inotify
 from supervisor.canary import Canary
@@ -22,8 +23,7 @@ from supervisor.filesystems import FileSystems
 from supervisor.manifest import Tree
 
 
-@dataclass(frozen=True, slots=True)
-class Trouble:
+class Trouble(Struct, frozen=True):
     """Something that keeps changes from being told.
 
     Attributes:
@@ -35,8 +35,7 @@ class Trouble:
     remedy: str
 
 
-@dataclass(frozen=True, slots=True)
-class Survey:
+class Survey(Struct, frozen=True):
     """What was found.
 
     Attributes:

@@ -19,8 +19,9 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from urllib.parse import quote
+
+from msgspec import Struct
 
 from supervisor.errors import UsageError
 
@@ -42,8 +43,7 @@ _WHOLE_LINE = frozenset({"WorkingDirectory", "EnvironmentFile"})
 _URLS = frozenset({"Documentation"})
 
 
-@dataclass(frozen=True)
-class Unit:
+class Unit(Struct, frozen=True):
     """What a unit and its drop-ins say.
 
     Attributes:

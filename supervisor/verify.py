@@ -17,16 +17,17 @@ function of the tree when the generation was ready is looked at again for code f
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from typing import Any, Literal
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from supervisor.manifest import Manifest
 
 ModuleState = Literal["match", "outdated", "mismatch", "unpinned"]
 
 
-@dataclass(frozen=True, slots=True)
-class Executed:
+class Executed(Struct, frozen=True):
     """A module as its process reports it.
 
     Attributes:
@@ -40,8 +41,7 @@ class Executed:
     sha256: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Attestation:
+class Attestation(Struct, frozen=True):
     """What one child said about itself.
 
     Attributes:
@@ -59,8 +59,7 @@ class Attestation:
     importing: bool
 
 
-@dataclass(frozen=True, slots=True)
-class ModuleVerdict:
+class ModuleVerdict(Struct, frozen=True):
     """One row of ``verify``: a module and its two digests.
 
     None stands for a file that is not there, and for a proof that was not given.
@@ -73,8 +72,7 @@ class ModuleVerdict:
     state: ModuleState
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(Struct, frozen=True):
     """What the comparison says.
 
     Attributes:

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from supervisor.families import Family, Labels
 from supervisor.history import History, Record
@@ -33,8 +34,7 @@ _COLUMNS_SHOWN = 30
 _LABELS_OF_A_GRID = 2
 
 
-@dataclass(frozen=True)
-class Published:
+class Published(Struct, frozen=True):
     """What the main loop leaves to those who look.
 
     Attributes:

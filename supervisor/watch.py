@@ -38,10 +38,10 @@ import os
 import queue
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from msgspec import Struct
 from watchdog.events import (
     DirMovedEvent,
     FileClosedEvent,
@@ -85,8 +85,7 @@ _FINISHED = (FileClosedEvent, FileMovedEvent, DirMovedEvent)
 Mode = Literal["events", "partial", "polling"]
 
 
-@dataclass(frozen=True, slots=True)
-class Hint:
+class Hint(Struct, frozen=True):
     """Something happened to a path.
 
     Attributes:
@@ -99,8 +98,7 @@ class Hint:
     finished: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Health:
+class Health(Struct, frozen=True):
     """How changes are noticed now.
 
     Attributes:

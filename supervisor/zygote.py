@@ -40,9 +40,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from msgspec import Struct, field
 
 from supervisor import ends, processes
 from supervisor.child import frames, loaded, pinned
@@ -115,8 +116,7 @@ def execute(
     return process.pid
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(Struct, frozen=True):
     """What children need, as the live generation has it.
 
     Attributes:
@@ -150,8 +150,7 @@ class Plan:
         return self.names, self.environment, self.first_path, self.sources.keys()
 
 
-@dataclass(frozen=True)
-class _Ready:
+class _Ready(Struct, frozen=True):
     """What a zygote says when it has loaded all.
 
     Attributes:
@@ -191,8 +190,7 @@ class _Ready:
         return max((facts[-1] for facts in self.files.values() if facts), default=0)
 
 
-@dataclass
-class _Process:
+class _Process(Struct):
     """A zygote that was started and is not collected.
 
     Attributes:
@@ -221,8 +219,7 @@ class _Process:
     doomed: str | None = None
 
 
-@dataclass
-class _Ahead:
+class _Ahead(Struct):
     """A child that was asked for and waits for its first message.
 
     Attributes:

@@ -6,11 +6,11 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
+from msgspec.structs import replace
 
 from supervisor import health
 from supervisor.lifecycle import Generation, Policy, Retry, Stage, State

@@ -7,10 +7,10 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from supervisor import manifest
 from supervisor.errors import SourceError

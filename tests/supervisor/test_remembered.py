@@ -8,11 +8,11 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from supervisor import remembered
 from supervisor.remembered import Quarantined, RecordedProcess, Remembered, load, save
@@ -263,7 +263,7 @@ def test_link_that_is_planted_at_the_last_moment_is_not_followed(
 
 SAVING = """
 import sys
-from dataclasses import replace
+from msgspec.structs import replace
 from pathlib import Path
 from supervisor.remembered import Remembered, save
 path, number = Path(sys.argv[1]), int(sys.argv[2])
