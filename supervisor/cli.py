@@ -17,7 +17,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from supervisor.flags import Parser
 from supervisor.logfile import CHILD_LOG
 from supervisor.output import Output, fill_standard_descriptors
 from supervisor.settings import (
+    NOTIFY_SOCKET,
     Settings,
     load_file,
     merge,
@@ -40,6 +41,7 @@ from supervisor.settings import (
 )
 
 if TYPE_CHECKING:
+    from supervisor.forerunner import Forerunner
     from supervisor.installation import Scope
 
 log = logging.getLogger("wa-supervisor")
@@ -82,9 +84,13 @@ def _run(given: argparse.Namespace) -> int:
     compiler = Compiler(
         blobs=blobs.place(settings.state_dir), scratch=settings.runtime_dir, environment=os.environ
     )
-    with closing(compiler):
-        if handed_over is None:
-            compiler.prepare()  # Its interpreter starts while ours is busy with what is imported next.
+    with closing(compiler), ExitStack() as closed:
+        forerunner = None
+        if handed_over is None:  # Their interpreters start while ours is busy with what is imported next.
+            compiler.prepare()
+            forerunner = _forerunner(settings)
+            if forerunner is not None:
+                closed.callback(forerunner.close)
         from supervisor import reexec  # noqa: PLC0415
         from supervisor.service import Service  # noqa: PLC0415
 
@@ -101,12 +107,33 @@ def _run(given: argparse.Namespace) -> int:
                 )
             taken_out.clear()
             try:
-                ended = Service(settings, output, read_settings, compiler, estate=ended).run()
+                ended = Service(
+                    settings, output, read_settings, compiler, estate=ended, forerunner=forerunner
+                ).run()
             finally:
                 output.close()
             if isinstance(ended, reexec.Estate):
                 ended = reexec.replace_image(ended)
     return ended
+
+
+def _forerunner(settings: Settings) -> Forerunner | None:
+    """Start what the first generation may become; None if it takes a process of its own."""
+    from supervisor import environment, forerunner, launch  # noqa: PLC0415 -- as in :func:`_run`
+
+    if not (settings.zygote and forerunner.possible):
+        return None
+    variables = launch.child_environment(
+        environment.read(os.environ, settings.env_file).variables,
+        notify_socket=settings.runtime_dir / NOTIFY_SOCKET,
+        watchdog_seconds=settings.watchdog_seconds,
+        generation=1,
+        tree="",
+    )
+    try:
+        return forerunner.Forerunner(variables, str(Path.cwd()))
+    except OSError:
+        return None  # The start meets it again, and tells.
 
 
 def _collect_garbage_again() -> None:

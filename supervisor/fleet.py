@@ -23,6 +23,7 @@ from msgspec import Struct, field
 
 from supervisor import ends, events, launch, masking, orphans, processes, verify
 from supervisor.child.zygote import PLACEHOLDERS
+from supervisor.forerunner import Forerunner
 from supervisor.history import Ending
 from supervisor.launch import Child, ChildEstate, LaunchRequest
 from supervisor.manifest import Manifest
@@ -129,6 +130,7 @@ class Fleet:
         metrics: takes the number of a generation and the families that it sent; returns whether it could.
         suspected: takes the number of a generation and what made it suspicious (``X_SUSPECT=``).
         estate: what another image of the supervisor has left.
+        forerunner: what the first generation becomes, if it can.
     """
 
     def __init__(
@@ -148,6 +150,7 @@ class Fleet:
         metrics: Callable[[int, list[Mapping[str, Any]]], bool],
         suspected: Callable[[int, str], None],
         estate: FleetEstate | None = None,
+        forerunner: Forerunner | None = None,
     ) -> None:
         self._target = target
         self._blobs = blobs
@@ -156,6 +159,7 @@ class Fleet:
         self._disk = disk
         self._prints = prints
         self._zygote = zygote
+        self._forerunner = forerunner
         self._happened = happened
         self._metrics = metrics
         self._suspected = suspected
@@ -207,6 +211,8 @@ class Fleet:
 
     def let_go(self) -> None:
         """Leave all processes to another image of the supervisor; this object is of no more use."""
+        if self._forerunner is not None:
+            self._forerunner.close()
         for running in self._running.values():
             self._unregister(running)
             running.child.channel.detach()
@@ -249,7 +255,7 @@ class Fleet:
         child = launch.begun(request, self._zygote)
         if child is None:
             with self._output.attach(number) as pipes:
-                child = launch.launch(request, pipes.stdout, pipes.stderr, self._zygote)
+                child = launch.launch(request, pipes.stdout, pipes.stderr, self._zygote, self._forerunner)
         self._lineages.add(number, child.pid)
         self._take_in(Running(number, manifest, child, time.time(), time.monotonic()))
         for message in early:
@@ -427,6 +433,14 @@ class Fleet:
         self._kills_before = self._kills.read()
         for number in self._running:
             self._lineages.look(number)
+        if self._forerunner is not None:
+            self._forerunner.look()
+
+    @property
+    def forerunners(self) -> Collection[int]:
+        """The process id of what waits to become the first generation."""
+        pid = self._forerunner.pid if self._forerunner is not None else None
+        return [pid] if pid is not None else []
 
     @property
     def identities(self) -> dict[int, processes.Identity]:

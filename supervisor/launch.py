@@ -32,6 +32,7 @@ from msgspec import Struct, field
 from supervisor import ends
 from supervisor.child import frames
 from supervisor.child.zygote import PLACEHOLDERS
+from supervisor.forerunner import Forerunner
 from supervisor.settings import Target
 from supervisor.sharded import Sharded
 from supervisor.zygote import Zygote, execute
@@ -224,6 +225,7 @@ def launch(
     stdout: int | None = None,
     stderr: int | None = None,
     zygote: Zygote | None = None,
+    forerunner: Forerunner | None = None,
 ) -> Child:
     """Start a generation; it imports its code and then waits at its gate for ``go``.
 
@@ -232,6 +234,7 @@ def launch(
         stdout: descriptor that it writes to; None for ours.
         stderr: the same.
         zygote: what to fork it from, if that can be done.
+        forerunner: what becomes it otherwise, if it can.
 
     Raises:
         OSError: no process could be started.
@@ -240,6 +243,12 @@ def launch(
         forked = zygote.fork(**_fork_request(request), outputs=_outputs(stdout, stderr))
         if forked is not None:
             return _child(*forked)
+    if forerunner is not None:
+        waiting = forerunner.take(
+            request.environment, _directory(request), _outputs(stdout, stderr), start_message(request)
+        )
+        if waiting is not None:
+            return _child(*waiting)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with theirs:
         pid = execute(theirs.fileno(), request.environment, request.directory, stdout, stderr)
@@ -273,10 +282,14 @@ class _ForkRequest(TypedDict):
 def _fork_request(request: LaunchRequest) -> _ForkRequest:
     return {
         "environment": request.environment,
-        "directory": str(request.directory or Path.cwd()),
+        "directory": _directory(request),
         "sources": request.sources,
         "first": start_message(request),
     }
+
+
+def _directory(request: LaunchRequest) -> str:
+    return str(request.directory or Path.cwd())
 
 
 def _outputs(stdout: int | None, stderr: int | None) -> tuple[int, int]:

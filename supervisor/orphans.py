@@ -153,6 +153,7 @@ class Lineages:
     def add(self, number: int, pid: int, seen: Collection[tuple[int, int]] = ()) -> None:
         """Take up a generation whose main process was started, with the descendants met so far."""
         main = processes.read(pid) or Process(pid, "", "", os.getpid(), pid, 0, 0)
+        self._bystanders.pop(pid, None)  # It may have been started before it was one of ours.
         self._generations[number] = _Lineage(number, main, set(seen))
 
     def look(self, number: int) -> None:

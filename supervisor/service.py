@@ -44,6 +44,7 @@ from supervisor.dirty import Dirty
 from supervisor.errors import BlobError, SupervisorError, UsageError
 from supervisor.events import AUTOMATIC_TRIGGERS, Action, Reason
 from supervisor.fleet import Fleet, Running
+from supervisor.forerunner import Forerunner
 from supervisor.history import History, Record
 from supervisor.lifecycle import Stage
 from supervisor.logfile import CHILD_LOG
@@ -58,7 +59,7 @@ from supervisor.reload import Reload
 from supervisor.remembered import RecordedProcess, Remembered
 from supervisor.reporting import Reporting
 from supervisor.scribe import Scribe
-from supervisor.settings import Settings
+from supervisor.settings import NOTIFY_SOCKET, Settings
 from supervisor.settling import MAX_SETTLE_SECONDS
 from supervisor.starting import Starter
 from supervisor.status import in_sync_problem
@@ -109,6 +110,7 @@ class Service:
         compiler: for the bytecode of the tree.
         inherited: the environment to pass on to children.
         estate: what another image of this supervisor has left; None at its start.
+        forerunner: what the first generation may become.
 
     Raises:
         SupervisorError: it cannot start; nothing was started.
@@ -125,9 +127,10 @@ class Service:
         *,
         inherited: Mapping[str, str] = os.environ,
         estate: Estate | None = None,
+        forerunner: Forerunner | None = None,
     ) -> None:
         inherited = dict(inherited)
-        notify_path = settings.runtime_dir / "notify.sock"
+        notify_path = settings.runtime_dir / NOTIFY_SOCKET
         self._configuration = Configuration(settings, reread, inherited, notify_path)
         self._selector = selectors.DefaultSelector()
         self._wake_reader, self._wake_writer = socket.socketpair()
@@ -178,6 +181,7 @@ class Service:
             metrics=self._child_metrics.update,
             suspected=self._suspected,
             estate=estate.fleet if estate else None,
+            forerunner=forerunner,
         )
         self._chronicle = Chronicle(
             settings.state_dir / "state.json", self._history, self._scribe, self._fleet
@@ -568,7 +572,13 @@ class Service:
 
     def _helpers(self) -> Collection[int]:
         waiting = [job.pid for job in self._starter.jobs if job.pid is not None]
-        others = (self._zygote.pids, self._pipeline.helpers, self._dirty.pids, self._succession.pids)
+        others = (
+            self._zygote.pids,
+            self._fleet.forerunners,
+            self._pipeline.helpers,
+            self._dirty.pids,
+            self._succession.pids,
+        )
         return [*waiting, *(pid for pids in others for pid in pids)]
 
     def _follow_git(self, now: float) -> None:

@@ -327,6 +327,10 @@ def working_directory() -> Path:
         ) from error
 
 
+NOTIFY_SOCKET = "notify.sock"
+"""In the runtime directory: where generations report to."""
+
+
 def runtime_dir(given: str | None) -> Path:
     """Return the directory of socket and lock: as given, ``$RUNTIME_DIRECTORY``, or the user's own (XDG)."""
     if given or (given := _first_directory("RUNTIME_DIRECTORY")):

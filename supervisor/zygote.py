@@ -433,7 +433,7 @@ class Zygote:
             reason = self._recheck(process, ahead)
             if reason is None:
                 first = _with_changes(first, process.plan.sources, sources)
-                if _begin(ahead.channel, frames.encode(first), outputs) and (pid := self._await(ahead)):
+                if send_first(ahead.channel, frames.encode(first), outputs) and (pid := self._await(ahead)):
                     return self._given_away(process, ahead, pid)
                 reason = "it does not answer"
         self._drop(reason)
@@ -463,7 +463,7 @@ class Zygote:
             return False
         if self._recheck(process, ahead) is not None:
             return False
-        if not _begin(ahead.channel, message, outputs):
+        if not send_first(ahead.channel, message, outputs):
             self._leave_alone()
             return False
         ahead.begun = message
@@ -722,7 +722,7 @@ def _place(directory: str) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
-def _begin(channel: socket.socket, message: bytes, outputs: tuple[int, int]) -> bool:
+def send_first(channel: socket.socket, message: bytes, outputs: tuple[int, int]) -> bool:
     """Send a child what it waits for; whether all of it is on its way."""
     try:
         return socket.send_fds(channel, [message], outputs) == len(message)
@@ -761,12 +761,19 @@ def _unfit(built: Plan, wanted: Plan) -> str | None:
     return f"the application has loaded more: {min(missing)}" if missing else None
 
 
+def fits(environment: Mapping[str, str]) -> bool:
+    """Whether what differs from child to child has room in the environment of one that runs already."""
+    return all(
+        len(os.fsencode(environment.get(name, ""))) <= len(room) for name, room in PLACEHOLDERS.items()
+    )
+
+
 def _misfit(process: _Process, environment: Mapping[str, str], sources: Sharded[str]) -> str | None:
     """Return why a child with this environment and tree cannot come from a zygote."""
     common = {name: value for name, value in environment.items() if name not in PLACEHOLDERS}
     if common != process.plan.environment or process.limits != _limits():
         return "the environment has changed"
-    if any(len(os.fsencode(environment.get(name, ""))) > len(room) for name, room in PLACEHOLDERS.items()):
+    if not fits(environment):
         return "there is no room for the child's environment"
     before = process.plan.sources
     altered, gone = before.difference(sources)

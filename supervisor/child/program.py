@@ -245,11 +245,14 @@ def run(descriptor: int, plain_modules: frozenset[str], run_name: str) -> NoRetu
     # Registered first, so called last: the application's threads have ended, and so have its own handlers.
     atexit.register(ending.say)
     channel = _Channel(_socket(descriptor))
-    start = channel.start_message()
     frozen = before = None
-    if start["type"] == "preload":
+    is_ahead = os.environ.get("WA_TREE", "").startswith("-")  # It is not known yet what it will be.
+    if is_ahead:
         from . import zygote  # noqa: PLC0415 -- a child that is started by itself does without
-
+    start = channel.start_message()
+    if is_ahead and start["type"] == "start":
+        zygote.Block().write(start["variables"])
+    elif is_ahead:
         _die_with(int(start["supervisor_pid"]), channel.connection)
         forked = zygote.serve(*channel.detach(), start, plain_modules)
         channel = _Channel(_socket(forked.descriptor))

@@ -194,7 +194,8 @@ def test_forked_child_is_what_a_process_of_its_own_would_be(bench: Bench) -> Non
     (bench.tree / "main.py").write_text(FACTS, encoding="utf-8")
     bench.write("library", "import random\nSEEDED, UNSEEDED = random.Random(42), random.Random()\n")
     bench.start(FACTS=str(bench.folder / "facts"))
-    cold = facts(bench, 1)
+    cold = facts(bench, 1)  # Started before it was known what it would be.
+    assert cold["own"]["block"] == cold["own"]["environment"]
     zygote = bench.ready()
     for generation in (2, 3):
         assert bench.started.command("restart").returncode == 0
@@ -211,6 +212,11 @@ def test_forked_child_is_what_a_process_of_its_own_would_be(bench: Bench) -> Non
     document = json.loads(bench.started.command("verify", "--json").stdout)
     assert document["in_sync"]
     assert psutil.Process(zygote).name() == "wa-zygote"
+    bench.started.end()
+    bench.start("--no-zygote", FACTS=str(bench.folder / "facts"))
+    of_its_own = facts(bench, 4)
+    assert of_its_own["same"] == cold["same"] | {"parent": bench.started.process.pid}
+    assert of_its_own["own"]["block"] == of_its_own["own"]["environment"]
 
 
 def edit(bench: Bench) -> None:
