@@ -31,7 +31,7 @@ import re
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from io import FileIO
@@ -70,6 +70,8 @@ _FIRST_YEAR = 2009
 _LAST_YEAR = 2100
 _PRIMARY_CODE_MASK = 0xFF  # an extended result code holds its primary one in the low byte
 _VERSIONS_AT = 18
+_NO_UTF8 = "Could not decode to UTF-8"
+"""How Python's sqlite3 begins to say so; it has no code for it."""
 _WRITE_AHEAD = b"\x02\x02"
 # Go's own way to print a time, which some drivers store: the zone's name and a monotonic clock may follow.
 _GO_TIME = re.compile(r"([-0-9]{10} [:.0-9]{8,} [+-][0-9]{4}) [A-Z+0-9-]{3,6}(?: m=[+-][.0-9]+)?", re.ASCII)
@@ -232,9 +234,14 @@ class _ReadOnlyFile:
                 with closing(self._connection.execute(statement, parameters)) as cursor:
                     found = cursor.fetchall()
             except sqlite3.Error as error:
+                if self._connection.text_factory is str and _NO_UTF8 in str(error):
+                    # Bytes that are no UTF-8 spoil their own message only, not the whole page.
+                    self._connection.text_factory = _decoded
+                    continue
                 if not _is_locked(error) or time.monotonic() > until_seconds:
                     raise _explained(error, self._path) from error
             else:
+                self._connection.text_factory = str  # In which it takes half of the time.
                 if not self._is_outdated():
                     return found
                 self.close()
@@ -271,8 +278,6 @@ class _ReadOnlyFile:
             ) from error
         except sqlite3.Error as error:
             raise _explained(error, self._path) from error
-        # Bytes that are no UTF-8 spoil their own message only, not the whole page.
-        connection.text_factory = lambda raw: raw.decode("utf-8", "surrogateescape")
         self._connection, self._opened = connection, identity
         self.openings += 1
         try:
@@ -304,6 +309,10 @@ class _ReadOnlyFile:
                 raise BridgeSchemaError(
                     f"table {table} of {self._path} lacks the column {missing}; the bridge's schema changed"
                 )
+
+
+def _decoded(raw: bytes) -> str:
+    return raw.decode("utf-8", "surrogateescape")
 
 
 def _is_locked(error: sqlite3.Error) -> bool:
@@ -341,6 +350,15 @@ def _page(rows: Sequence[Message | Unreadable], here: Place) -> Page:
 def _parse(row: tuple[int, object, object, object, object, object, object]) -> Message | Unreadable:
     """Turn a row into a message, or say why it is none."""
     rowid, raw_id, raw_chat, raw_sender, raw_content, raw_time, is_from_me = row
+    if (
+        type(raw_id) is type(raw_chat) is type(raw_sender) is type(raw_content) is str
+        and 0 < len(raw_id) <= _MAX_ID_CHARACTERS
+        and len(raw_chat) <= _MAX_ID_CHARACTERS
+        and _is_plain(raw_id, raw_chat, raw_sender, raw_content)
+    ):
+        with suppress(ValueError):  # Said below, with everything else that is wrong with the row.
+            instant = _instant(raw_time)
+            return Message(rowid, raw_id, raw_chat, raw_sender, raw_content, instant, bool(is_from_me))
     message_id, chat, sender, content = map(_text, (raw_id, raw_chat, raw_sender, raw_content))
     fault = "its chat has no usable address" if len(chat) > _MAX_ID_CHARACTERS else None
     fault = fault or next(
@@ -362,6 +380,12 @@ def _parse(row: tuple[int, object, object, object, object, object, object]) -> M
             rowid, _escaped(key), chat, digest(content), fault or "", _escaped(content), sent_at
         )
     return Message(rowid, key, chat, sender, content, sent_at, bool(is_from_me))
+
+
+def _is_plain(*texts: str) -> bool:
+    """Tell whether PostgreSQL can store these texts, as it can nearly all; False says nothing yet."""
+    joined = "".join(texts)
+    return joined.isascii() and "\0" not in joined
 
 
 def _key(message_id: str) -> str:
@@ -393,13 +417,16 @@ def _instant(value: object) -> datetime:
     """Read the bridge's text time; ValueError when it is none or has no offset."""
     if not isinstance(value, str):
         raise ValueError(f"its timestamp {value!r} is not text")  # noqa: TRY004 -- a value, not a caller, is wrong
-    go_time = _GO_TIME.fullmatch(value)
     try:
-        instant = datetime.fromisoformat(
-            value if go_time is None else go_time[1].replace(" ", "T", 1).replace(" ", "")
-        )
+        instant = datetime.fromisoformat(value)
     except ValueError:
-        raise ValueError(f"its timestamp {_escaped(value)!r} is no time") from None
+        go_time = _GO_TIME.fullmatch(value)
+        if go_time is None:
+            raise ValueError(f"its timestamp {_escaped(value)!r} is no time") from None
+        try:
+            instant = datetime.fromisoformat(go_time[1].replace(" ", "T", 1).replace(" ", ""))
+        except ValueError:
+            raise ValueError(f"its timestamp {_escaped(value)!r} is no time") from None
     if instant.tzinfo is None:
         raise ValueError(f"its timestamp {value!r} has no offset, so it names no instant")
     if not _FIRST_YEAR <= instant.year <= _LAST_YEAR:

@@ -15,6 +15,7 @@ Rejected: an ORM and a pool. There is one connection, in one thread, and every s
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,8 @@ def _array(values: list[Any]) -> str:
     try:
         joined = "\0".join(values)
     except TypeError:  # not all of them are texts
+        if set(map(type, values)) == {datetime}:
+            return '{"' + '","'.join(map(str, values)) + '"}'
         return "{" + ",".join(map(_element, values)) + "}"
     if joined.count("\0") != len(values) - 1:  # none, or one that PostgreSQL is to refuse
         return "{" + ",".join(map(_element, values)) + "}"

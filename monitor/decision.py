@@ -6,7 +6,7 @@ same message. What is written, and whether it was written before, is the store's
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from monitor.drops import find_drops
 from monitor.identity import Identity, Known, OwnMessage, Phone, Rules, Sender, identify
@@ -19,8 +19,7 @@ MessageId = tuple[str, str]
 """Chat and key."""
 
 
-@dataclass(frozen=True, slots=True)
-class Decided:
+class Decided(NamedTuple):
     """A message and what is to become of it."""
 
     message: Message | Unreadable

@@ -16,7 +16,7 @@ digits, nine and more), so that an operator sees what a stricter or looser patte
 
 import re
 import unicodedata
-from dataclasses import dataclass
+from typing import NamedTuple
 
 MIN_DIGITS = 6
 MAX_DIGITS = 8
@@ -27,14 +27,16 @@ _CANDIDATE = re.compile(r"(?<![A-Za-z0-9])DR([ \t:#.\-]{0,2})([0-9]{5,})", re.IG
 _EXTRA_SEPARATORS = frozenset(":#.-")
 
 
-@dataclass(frozen=True, slots=True)
-class FoundDrops:
+class FoundDrops(NamedTuple):
     """What one text holds."""
 
     numbers: tuple[str, ...]
     """Drop numbers in their canonical spelling, in the order of the text, without repetition."""
     look_alikes: int
     """How many places look like a drop and are none; they are counted and never stored."""
+
+
+_NONE = FoundDrops((), 0)
 
 
 def find_drops(
@@ -44,9 +46,12 @@ def find_drops(
 
     `min_digits` is at least 5: below that, `DR` and a number are just words.
     """
+    plain = _plain(text)
+    if "DR" not in plain.upper():  # Most messages: the pattern need not be tried at each place.
+        return _NONE
     numbers: dict[str, None] = {}
     look_alikes = 0
-    for match in _CANDIDATE.finditer(_plain(text)):
+    for match in _CANDIDATE.finditer(plain):
         separators, digits = match.groups()
         too_loose = not extra_separators and not _EXTRA_SEPARATORS.isdisjoint(separators)
         if too_loose or not min_digits <= len(digits) <= max_digits:

@@ -17,10 +17,9 @@ import contextlib
 import logging
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
-from typing import TextIO
 
 from monitor.errors import ConfigError
 
@@ -28,6 +27,9 @@ from monitor.errors import ConfigError
 _NUMBER = re.compile(r"(?<![0-9A-Za-z])(?:\d{9,}|\d{8}(?![0-9A-Za-z]))")
 _SHOWN_FIRST = 2
 _SHOWN_LAST = 3
+
+_HAS_LINES = "has_lines"
+"""Attribute of a record whose line breaks are between lines and not within one."""
 
 log = logging.getLogger("wa-monitor")
 
@@ -37,14 +39,10 @@ def mask_numbers(text: str) -> str:
     return _NUMBER.sub(_masked, text)
 
 
-@contextlib.contextmanager
-def together() -> Iterator[None]:
-    """Write the lines of the block to stdout in one piece at its end: a batch has hundreds."""
-    with contextlib.ExitStack() as stack:
-        for handler in log.handlers:
-            if isinstance(handler, _Stdout):
-                stack.enter_context(handler.holding())
-        yield
+def info_lines(lines: Sequence[str]) -> None:
+    """Log several lines as one record: a batch has hundreds, and each record takes longer than its line."""
+    if lines:
+        log.info("%s", "\n".join(map(_in_one_line, lines)), extra={_HAS_LINES: True})
 
 
 def set_up(level: str, *, full_numbers: bool, file: Path | None = None) -> None:
@@ -52,7 +50,7 @@ def set_up(level: str, *, full_numbers: bool, file: Path | None = None) -> None:
 
     Raises `ConfigError` for a file that cannot be written.
     """
-    handlers: list[logging.Handler] = [_Stdout()]
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
     if file is not None:
         try:
             handlers.append(_File(file, encoding="utf-8"))
@@ -87,37 +85,19 @@ class _OneLine(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Mask the message, not the time stamp in front of it."""
-        text = " ".join(record.getMessage().splitlines())
-        record.message = text if self._full_numbers else mask_numbers(text)
+        text = record.getMessage()
+        if not hasattr(record, _HAS_LINES):
+            text = _in_one_line(text)
+        if not self._full_numbers:
+            text = mask_numbers(text)
+        record.message = ""
         record.asctime = self.formatTime(record, self.datefmt)
-        return self.formatMessage(record)
+        begin = self.formatMessage(record)
+        return begin + text.replace("\n", f"\n{begin}")
 
 
-class _Stdout(logging.StreamHandler[TextIO]):
-    """Writes each line at once, or the lines of a block together."""
-
-    def __init__(self) -> None:
-        super().__init__(sys.stdout)
-        self._held: list[str] | None = None
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write the record, or keep it for the end of the block."""
-        if self._held is None:
-            super().emit(record)
-        else:
-            self._held.append(self.format(record) + self.terminator)
-
-    @contextlib.contextmanager
-    def holding(self) -> Iterator[None]:
-        """Keep the lines of the block, and write them when it ends, by whatever way."""
-        self._held = []
-        try:
-            yield
-        finally:
-            held, self._held = self._held, None
-            with contextlib.suppress(OSError):  # as the library does: nobody reads it any more
-                self.stream.write("".join(held))
-                self.flush()
+def _in_one_line(text: str) -> str:
+    return text if text.isprintable() else " ".join(text.splitlines())
 
 
 class _File(WatchedFileHandler):

@@ -1,6 +1,8 @@
 """What was read from the bridge: messages, the rows that are none, and the place up to which was read.
 
-Plain facts that the reader makes and the writer keeps, so that neither has to know the other.
+Plain facts that the reader makes and the writer keeps, so that neither has to know the other. Those of
+which there is one for each message, thousands a second, are named tuples, which are made in a quarter of the
+time that a frozen dataclass takes.
 
 A message's key is its id, which is unique within its chat only. History sync may store an empty id, under
 which several messages collapse into one row; such a message is keyed by its moment and its content instead,
@@ -10,10 +12,10 @@ so that the next one under the same empty id counts as another message.
 import hashlib
 from dataclasses import dataclass
 from datetime import datetime
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(NamedTuple):
     """One row of the bridge's table `messages` that could be read."""
 
     rowid: int
@@ -32,8 +34,7 @@ class Message:
         return digest(self.content)
 
 
-@dataclass(frozen=True, slots=True)
-class Unreadable:
+class Unreadable(NamedTuple):
     """A row that cannot become a message, and why. Its texts are escaped, so that they can be stored."""
 
     rowid: int

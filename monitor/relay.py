@@ -43,7 +43,7 @@ from monitor.decision import Decider
 from monitor.errors import ConfigError, MonitorError, StoreError, StoreRefusedError
 from monitor.identity import Known, Phone
 from monitor.ledger import Beginning
-from monitor.logs import log, together
+from monitor.logs import info_lines, log
 from monitor.messages import Message, Place, Unreadable
 from monitor.metrics import Counts, MonitorMetrics
 from monitor.notify import Notifier
@@ -503,33 +503,39 @@ class _Writer:
         self._renewal.done()
         self._metrics.update(totals=written.totals)
         self._metrics.count_batch(time.monotonic() - began_seconds)
-        with together():
-            for drop in written.stored:
-                self._log_drop(drop)
+        self._log_drops(written.stored)
         for (chat_jid, key), reason in written.dead.items():
             self._metrics.count_error(StoreRefusedError.label)
             log.error("Dead letter: message %s in %s: %s", key, chat_jid, reason)
 
-    def _log_drop(self, drop: StoredDrop) -> None:
+    def _log_drops(self, stored: Sequence[StoredDrop]) -> None:
         """Write the lines that operators look for."""
-        log.info("Found drop: %s in %s", drop.number, drop.project.name)
-        if drop.kind == "known":
-            return
+        lines: list[str] = []
+        for drop in stored:
+            lines.append(f"Found drop: {drop.number} in {drop.project.name}")
+            if drop.wrote is not None:
+                if isinstance(drop.sender, Phone) and drop.sender.lid is not None:
+                    lines.append(f"Resolved LID {drop.sender.lid} -> {drop.sender.digits}")
+                if drop.kind == "new":
+                    lines.append(f"Created QA review for {drop.number}")
+                else:
+                    lines.append(f"Resubmission detected: {drop.number}")
+                    lines.append(f"Logged resubmission for {drop.number}")
+            if drop.kind == "foreign" or (drop.wrote is not None and drop.judgement == "lid"):
+                info_lines(lines)
+                lines.clear()
+                self._raise(drop)
+        info_lines(lines)
+
+    def _raise(self, drop: StoredDrop) -> None:
+        """Report a drop that another writer has taken, or whose row holds a LID."""
         if drop.kind == "foreign":
             log.error(
                 "Another writer put %s in %s into the table; it was left alone",
                 drop.number,
                 drop.project.name,
             )
-            return
-        if isinstance(drop.sender, Phone) and drop.sender.lid is not None:
-            log.info("Resolved LID %s -> %s", drop.sender.lid, drop.sender.digits)
-        if drop.kind == "new":
-            log.info("Created QA review for %s", drop.number)
         else:
-            log.info("Resubmission detected: %s", drop.number)
-            log.info("Logged resubmission for %s", drop.number)
-        if drop.judgement == "lid":
             self._raise_alarm(drop.number, drop.project.name)
 
     def _raise_alarm(self, number: str, project: str) -> None:

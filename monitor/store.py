@@ -34,7 +34,7 @@ resubmission is.
 import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, tzinfo
 from typing import Literal, NamedTuple
 
@@ -57,10 +57,10 @@ _NOT_FOR_EVER = frozenset({"dead_letter", "other_chat", "disabled_project"})
 
 EventKind = Literal["new", "resubmission", "known", "foreign"]
 """The first two write a row; `known` finds the drop's own row, `foreign` another writer's, and leave it."""
+_WRITES: Mapping[EventKind, Kind] = {kind: kind for kind in KINDS}
 
 
-@dataclass(frozen=True, slots=True)
-class StoredDrop:
+class StoredDrop(NamedTuple):
     """A drop of a message, and the row that shows it now."""
 
     message: Message
@@ -75,7 +75,7 @@ class StoredDrop:
     @property
     def wrote(self) -> Kind | None:
         """How its row was written; None if it was left alone."""
-        return next((kind for kind in KINDS if kind == self.kind), None)
+        return _WRITES.get(self.kind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +112,7 @@ class Completed:
     """What its row holds after the write; None if the row had got a sender meanwhile and was left alone."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Drop:
+class _Drop(NamedTuple):
     """A drop on its way into a row."""
 
     message: Message
@@ -179,7 +178,8 @@ class Store:
             }
             self._record(fresh, dead, before)
             counted = {id_ for id_, outcome in before.items() if outcome == "dead_letter"}
-            totals += _count([one for one in fresh if one.id not in counted], stored)
+            uncounted = [one for one in fresh if one.id not in counted] if counted else fresh
+            totals += _count(uncounted, stored)
             self._move(end, totals)
         return Written(stored, dead, totals)
 
@@ -274,7 +274,13 @@ class Store:
             before[chat, key] = outcome
             if outcome not in _NOT_FOR_EVER:
                 settled[chat, key] = content_hash
-        fresh = [one for id_, one in asked.items() if settled.get(id_) != one.message.content_hash]
+        if not before:
+            return list(asked.values()), before
+        fresh = [
+            one
+            for id_, one in asked.items()
+            if id_ not in settled or settled[id_] != one.message.content_hash
+        ]
         return self._without_stored_drops(fresh, [one.id for one in fresh if one.id in before]), before
 
     def _without_stored_drops(self, fresh: Sequence[Decided], edited: Collection[MessageId]) -> list[Decided]:
@@ -286,7 +292,7 @@ class Store:
             for chat, key, number in self._database.rows("known_events", self._ids(edited))
         }
         return [
-            replace(one, drops=tuple(number for number in one.drops if (*one.id, number) not in stored))
+            one._replace(drops=tuple(number for number in one.drops if (*one.id, number) not in stored))
             for one in fresh
         ]
 
@@ -458,12 +464,16 @@ class Store:
         self, fresh: Sequence[Decided], dead: Mapping[MessageId, str], before: Mapping[MessageId, str]
     ) -> None:
         """Enter messages into the ledger, and those that could not be stored into the dead letters."""
-        self._enter("insert_messages", [one for one in fresh if one.id not in before], dead)
-        self._enter("record_messages", [one for one in fresh if one.id in before], dead)
+        new = [one for one in fresh if one.id not in before] if before else fresh
+        self._enter("insert_messages", new, dead)
+        self._enter("record_messages", [one for one in fresh if one.id in before] if before else [], dead)
         alive = [
             one.id
             for one in fresh
-            if one.outcome != "dead_letter" and one.id not in dead and before.get(one.id) == "dead_letter"
+            if before
+            and one.outcome != "dead_letter"
+            and one.id not in dead
+            and before.get(one.id) == "dead_letter"
         ]
         if alive:
             self._database.run("forget_dead_letters", self._ids(alive))
@@ -487,7 +497,9 @@ class Store:
                     **self._code(),
                     **self._ids([one.id for one in messages]),
                     "hashes": [one.message.content_hash for one in messages],
-                    "outcomes": ["dead_letter" if one.id in dead else one.outcome for one in messages],
+                    "outcomes": [
+                        "dead_letter" if dead and one.id in dead else one.outcome for one in messages
+                    ],
                     "projects": [_name(one.project) for one in messages],
                     "sent_ats": [one.message.sent_at for one in messages],
                 },
@@ -553,7 +565,7 @@ def _parts(decided: Sequence[Decided]) -> Sequence[Decided]:
     """Take messages apart: several into each, one into its drops."""
     if len(decided) > 1:
         return decided
-    return [replace(one, drops=(number,)) for one in decided for number in one.drops]
+    return [one._replace(drops=(number,)) for one in decided for number in one.drops]
 
 
 def _drops(decided: Iterable[Decided]) -> Iterator[_Drop]:
