@@ -13,14 +13,16 @@ Rejected: an ORM and a pool. There is one connection, in one thread, and every s
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import select
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.waiting import Wait
 
 from monitor.errors import ConfigError, StoreRefusedError, StoreSchemaError, StoreUnavailableError
 from monitor.settings import DatabaseUrl
@@ -57,10 +59,13 @@ def load_queries(path: Path) -> dict[str, bytes]:
 _QUERIES = load_queries(Path(__file__).with_name("queries.sql"))
 
 
+_Result = TypeVar("_Result")
+
+
 class Database:
     """One connection. Its methods raise subclasses of `StoreError`."""
 
-    def __init__(self, connection: psycopg.Connection[tuple[Any, ...]], place: str) -> None:
+    def __init__(self, connection: "_Connection", place: str) -> None:
         self._connection = connection
         self.place = place
         """`host:port/name`, for people: what the log and the status line may show."""
@@ -76,7 +81,7 @@ class Database:
         named = _names_its_parts(url)
         place = _place(parameters) if named else "the address in DATABASE_URL"
         try:
-            connection = psycopg.connect(
+            connection = _Connection.connect(
                 make_conninfo("", **parameters), autocommit=True, prepare_threshold=None
             )
         except psycopg.Error as error:
@@ -130,6 +135,19 @@ class Database:
             cursor.executemany(_QUERIES[name], [_with_arrays(one) for one in parameters], returning=True)
             return [result.fetchone() for result in cursor.results()]
 
+    @contextmanager
+    def meanwhile(self, work: Callable[[], bool]) -> Iterator[None]:
+        """Have other work done in the block whenever the server works: by us, there is no second thread.
+
+        `work` does a little of it, a millisecond or a few, and returns whether there is more; it raises
+        nothing and does not use this database.
+        """
+        self._connection.work = work
+        try:
+            yield
+        finally:
+            self._connection.work = None
+
     def script(self, text: bytes) -> None:
         """Run a migration: several statements, without parameters."""
         with self._explained():
@@ -169,6 +187,37 @@ class Database:
             ) from error
 
 
+class _Connection(psycopg.Connection[tuple[Any, ...]]):
+    """A connection on which waiting for the server leaves time for something else."""
+
+    work: Callable[[], bool] | None = None
+
+    def wait(self, gen: Generator[Any, Any, _Result], *args: Any, **options: Any) -> _Result:  # noqa: ANN401 -- the driver's
+        """Consume a generator of the driver, which yields what it waits for."""
+        if self.work is not None:
+            gen = self._between(gen, self.work)
+        return super().wait(gen, *args, **options)
+
+    def _between(
+        self, gen: Generator[Any, Any, _Result], work: Callable[[], bool]
+    ) -> Generator[Any, Any, _Result]:
+        """Yield what `gen` yields, and work before that for as long as the server has nothing for us."""
+        poll = select.poll()
+        try:
+            awaited = next(gen)
+            while True:
+                wanted = (select.POLLIN if awaited & Wait.R else 0) | (
+                    select.POLLOUT if awaited & Wait.W else 0
+                )
+                poll.register(self.fileno(), wanted)
+                while not poll.poll(0) and work():
+                    pass
+                awaited = gen.send((yield awaited))
+        except StopIteration as end:
+            result: _Result = end.value
+            return result
+
+
 def connect(url: DatabaseUrl | None) -> Database:
     """Open the connection that the settings name; without a URL, say what can be done."""
     if url is None:
@@ -186,10 +235,11 @@ def _with_arrays(parameters: Parameters) -> dict[str, object]:
     """
     if parameters is None:
         return None
-    return {name: _array(value) if isinstance(value, list) else value for name, value in parameters.items()}
+    return {name: array(value) if isinstance(value, list) else value for name, value in parameters.items()}
 
 
-def _array(values: list[Any]) -> str:
+def array(values: list[Any]) -> str:
+    """Return a list as PostgreSQL's array literal, which the statements cast."""
     try:
         joined = "\0".join(values)
     except TypeError:  # not all of them are texts

@@ -18,7 +18,8 @@ watchdog message follows each look. That is what makes the handover to a new gen
 a matter of milliseconds.
 
 Rejected: an event loop and threads. One turn of reading, deciding and storing is the unit in which
-everything is either done or not done; a second thread could only add interleavings.
+everything is either done or not done; a second thread could only add interleavings. In a backlog the next
+page is read and judged in the moments in which PostgreSQL works (`ahead`), which changes nothing until then.
 """
 
 import os
@@ -35,6 +36,8 @@ from psycopg.types.json import Jsonb
 
 from monitor import census, cursor
 from monitor.adoption import OVERLAP, read_state
+from monitor.ahead import Ahead
+from monitor.batch import Batch
 from monitor.bridge import LOOK_BACK_ROWS, WHATSAPP_DB, Bridge, Page
 from monitor.canary import try_write
 from monitor.cursor import Claim, Cursor, Owner
@@ -70,8 +73,8 @@ _PING_SECONDS = 1.0
 _ALARM_SECONDS = 1.0
 _USUAL_SECONDS = 600.0
 _RENEWALS_PER_LEASE = 3
-# Counting LIDs reads the whole table: on a large one it may take a tenth of the time, not more.
-_COUNT_SHARE = 0.1
+# Counting LIDs reads the whole table: on a large one it may take a part of the time, not more.
+_COUNT_SHARE = 0.04
 
 
 class Stop:
@@ -381,6 +384,8 @@ class _Writer:
         self._metrics = metrics
         self._decider = Decider.of(settings, store.projects)
         self._place = seen.place
+        self._ahead: Ahead | None = None
+        """The page after the one that was stored last, in a backlog."""
         self._read: Known | None = None
         """What the bridge's map was when it was last learnt; `_known` holds what it was before as well."""
         self._known = Known()
@@ -422,19 +427,21 @@ class _Writer:
             found = self._bridge.find(ids[first : first + BATCH_MESSAGES])
             rows = sorted((row for row in found if row.rowid <= self._place.rowid), key=lambda row: row.rowid)
             if rows:
-                self._store_rows(rows, self._place, known)
+                self._store_batch(self._decide(rows, known), self._place, known)
             self._notifier.alive()
 
     def turn(self) -> bool:
         """Do everything that there is to do once; return whether there was a batch: more may follow."""
         known = self._learnt()
-        page = self._bridge.read_after(self._place, BATCH_MESSAGES)
+        ahead, self._ahead = self._ahead, None
+        found = ahead.take(self._place, self._decider, known, self._beginning) if ahead is not None else None
+        page, batch = found or (self._bridge.read_after(self._place, BATCH_MESSAGES), None)
         if page.rescan_from is not None:
             log.warning("The bridge's file is not what it was, reading again from row %d", page.rescan_from)
             self._note_replacement(page)
             self._go_back(page.rescan_from, page.end.file)
         elif page.rows:
-            self._store_page(page, known)
+            self._store_page(page, known, batch)
         self._look_after()
         return page.rescan_from is not None or bool(page.rows)
 
@@ -489,16 +496,33 @@ class _Writer:
                     )
         self._read, self._known = read, known
 
-    def _store_page(self, page: Page, known: Known) -> None:
-        """Decide and store one batch."""
-        self._store_rows([row for row in page.rows if not self._beginning.is_after(row)], page.end, known)
+    def _store_page(self, page: Page, known: Known, batch: Batch | None) -> None:
+        """Store a page, whose batch may have been made ahead; in a backlog, make the next one meanwhile."""
+        if batch is None:
+            rows = [row for row in page.rows if not self._beginning.is_after(row)]
+            batch = self._decide(rows, known)
+        if len(page.rows) == BATCH_MESSAGES:
+            self._ahead = Ahead(
+                self._bridge,
+                page.end,
+                BATCH_MESSAGES,
+                decider=self._decider,
+                known=known,
+                beginning=self._beginning,
+            )
+            with self._database.meanwhile(self._ahead.step):
+                self._store_batch(batch, page.end, known)
+        else:
+            self._store_batch(batch, page.end, known)
         self._report_times(page.rows)
 
-    def _store_rows(self, rows: Sequence[Message | Unreadable], end: Place, known: Known) -> None:
-        """Decide about these rows and store them with the new place; show what came of it."""
+    def _decide(self, rows: Sequence[Message | Unreadable], known: Known) -> Batch:
+        return Batch([self._decider.decide(row, known) for row in rows])
+
+    def _store_batch(self, batch: Batch, end: Place, known: Known) -> None:
+        """Store a batch with the new place; show what came of it."""
         began_seconds = time.monotonic()
-        decided = [self._decider.decide(row, known) for row in rows]
-        written = self._store.write(self._place, decided, end, known)
+        written = self._store.write(self._place, batch, end, known)
         self._place = end
         self._renewal.done()
         self._metrics.update(totals=written.totals)

@@ -41,13 +41,14 @@ from typing import Literal, NamedTuple
 from psycopg.types.json import Jsonb
 
 from monitor import cursor
+from monitor.batch import Batch, count, entry_of, ids_of
 from monitor.cursor import Claim
 from monitor.database import Database
 from monitor.decision import Decided, MessageId
 from monitor.errors import StoreRefusedError, StoreUnavailableError
 from monitor.identity import Known, Lid, Phone, Sender, Unknown, parse_jid
 from monitor.judgement import PENDING_NAME, UNKNOWN_NAME, Judgement, judge
-from monitor.messages import Message, Place, Unreadable
+from monitor.messages import Message, Place
 from monitor.projects import Project, Projects
 from monitor.settings import BUSINESS_ZONE
 from monitor.totals import KINDS, DropSeries, Kind, Totals
@@ -162,24 +163,20 @@ class Store:
         """LIDs and phones that are in the log of mappings."""
         self.projects = projects
 
-    def write(self, start: Place, decided: Sequence[Decided], end: Place, known: Known) -> Written:
+    def write(self, start: Place, batch: Batch, end: Place, known: Known) -> Written:
         """Store a batch that was read after `start` and move the cursor to `end`.
 
         `known` is the reading of the map by which the rows are judged.
         """
         with self._database.patient_transaction():
             totals = self._lock(start)
-            fresh, before = self._not_in_ledger(decided)
-            stored, dead = self._store_drops([one for one in fresh if one.drops], known)
-            dead |= {
-                one.id: one.message.reason
-                for one in fresh
-                if isinstance(one.message, Unreadable) and one.outcome == "dead_letter"
-            }
+            fresh, before = self._not_in_ledger(batch)
+            stored, dead = self._store_drops(fresh.with_drops, known)
+            dead |= fresh.unreadable
             self._record(fresh, dead, before)
             counted = {id_ for id_, outcome in before.items() if outcome == "dead_letter"}
-            uncounted = [one for one in fresh if one.id not in counted] if counted else fresh
-            totals += _count(uncounted, stored)
+            uncounted = [one for id_, one in fresh.messages.items() if id_ not in counted]
+            totals += (count(uncounted) if counted else fresh.counted) + _count_drops(stored)
             self._move(end, totals)
         return Written(stored, dead, totals)
 
@@ -261,27 +258,28 @@ class Store:
             "move", {**self._held.key, **cursor.place_parameters(place), "totals": Jsonb(totals.to_json())}
         )
 
-    def _not_in_ledger(self, decided: Sequence[Decided]) -> tuple[list[Decided], dict[MessageId, str]]:
+    def _not_in_ledger(self, batch: Batch) -> tuple[Batch, dict[MessageId, str]]:
         """Leave out what was dealt with before; of an edited message only its new drops remain.
 
         Dead letters, and messages of groups that were not ours then, are not dealt with. Returned second is
         what the ledger says of those messages that it knows; dead letters among them are counted already.
         """
-        asked = {one.id: one for one in decided}
         before: dict[MessageId, str] = {}
         settled: dict[MessageId, str] = {}
-        for chat, key, content_hash, outcome in self._database.rows("known_messages", self._ids(asked)):
+        asked = {"source": self._held.source, **batch.ids}
+        for chat, key, content_hash, outcome in self._database.rows("known_messages", asked):
             before[chat, key] = outcome
             if outcome not in _NOT_FOR_EVER:
                 settled[chat, key] = content_hash
         if not before:
-            return list(asked.values()), before
+            return batch, before
         fresh = [
             one
-            for id_, one in asked.items()
+            for id_, one in batch.messages.items()
             if id_ not in settled or settled[id_] != one.message.content_hash
         ]
-        return self._without_stored_drops(fresh, [one.id for one in fresh if one.id in before]), before
+        edited = [one.id for one in fresh if one.id in before]
+        return Batch(self._without_stored_drops(fresh, edited)), before
 
     def _without_stored_drops(self, fresh: Sequence[Decided], edited: Collection[MessageId]) -> list[Decided]:
         """Leave out the drops that are stored already of messages that the ledger knows."""
@@ -460,50 +458,36 @@ class Store:
                 "insert_pending", {**self._code(), **_event_ids(drops), "standings": standings}
             )
 
-    def _record(
-        self, fresh: Sequence[Decided], dead: Mapping[MessageId, str], before: Mapping[MessageId, str]
-    ) -> None:
+    def _record(self, fresh: Batch, dead: Mapping[MessageId, str], before: Mapping[MessageId, str]) -> None:
         """Enter messages into the ledger, and those that could not be stored into the dead letters."""
-        new = [one for one in fresh if one.id not in before] if before else fresh
-        self._enter("insert_messages", new, dead)
-        self._enter("record_messages", [one for one in fresh if one.id in before] if before else [], dead)
+        if not (dead or before):
+            self._enter("insert_messages", fresh.entry if fresh.messages else None)
+            return
+        new = [one for id_, one in fresh.messages.items() if id_ not in before]
+        again = [one for id_, one in fresh.messages.items() if id_ in before]
+        self._enter("insert_messages", entry_of(new, dead) if new else None)
+        self._enter("record_messages", entry_of(again, dead) if again else None)
         alive = [
             one.id
-            for one in fresh
-            if before
-            and one.outcome != "dead_letter"
-            and one.id not in dead
-            and before.get(one.id) == "dead_letter"
+            for one in again
+            if one.outcome != "dead_letter" and one.id not in dead and before[one.id] == "dead_letter"
         ]
         if alive:
             self._database.run("forget_dead_letters", self._ids(alive))
         if dead:
-            projects = {one.id: _name(one.project) for one in fresh}
             self._database.run(
                 "record_dead_letters",
                 {
                     **self._code(),
                     **self._ids(dead),
-                    "projects": [projects[key] for key in dead],
+                    "projects": [_name(fresh.messages[id_].project) for id_ in dead],
                     "reasons": list(dead.values()),
                 },
             )
 
-    def _enter(self, statement: str, messages: Sequence[Decided], dead: Mapping[MessageId, str]) -> None:
-        if messages:
-            self._database.run(
-                statement,
-                {
-                    **self._code(),
-                    **self._ids([one.id for one in messages]),
-                    "hashes": [one.message.content_hash for one in messages],
-                    "outcomes": [
-                        "dead_letter" if dead and one.id in dead else one.outcome for one in messages
-                    ],
-                    "projects": [_name(one.project) for one in messages],
-                    "sent_ats": [one.message.sent_at for one in messages],
-                },
-            )
+    def _enter(self, statement: str, entry: Mapping[str, object] | None) -> None:
+        if entry is not None:
+            self._database.run(statement, {**self._code(), **entry})
 
     def _complete(self, drop: PendingDrop, phone: Phone, known: Known) -> Completed | None:
         """Give one row its sender, note it in the event, and take it off the waiting list.
@@ -542,11 +526,7 @@ class Store:
         return f"{instant.astimezone(self._zone):%Y-%m-%d %H:%M %Z}"
 
     def _ids(self, ids: Collection[MessageId]) -> dict[str, object]:
-        return {
-            "source": self._held.source,
-            "chat_jids": [chat for chat, _ in ids],
-            "keys": [key for _, key in ids],
-        }
+        return {"source": self._held.source, **ids_of(ids)}
 
     def _code(self) -> dict[str, object]:
         """Name the code that decides, for whoever asks later which version stored a row."""
@@ -612,23 +592,13 @@ def _event_ids(stored: Sequence[StoredDrop]) -> dict[str, object]:
     }
 
 
-def _count(fresh: Iterable[Decided], stored: Iterable[StoredDrop]) -> Totals:
-    """Count a batch: messages of enabled projects, and drops by what their rows hold."""
-    messages: Counter[str] = Counter()
-    look_alikes: Counter[str] = Counter()
-    textless: Counter[str] = Counter()
-    for one in fresh:
-        if one.project is not None and one.project.enabled:
-            messages[one.project.name] += 1
-            if one.look_alikes:
-                look_alikes[one.project.name] += one.look_alikes
-            if isinstance(one.message, Message) and not one.message.content:
-                textless[one.project.name] += 1
+def _count_drops(stored: Iterable[StoredDrop]) -> Totals:
+    """Count drops by what their rows hold."""
     drops: Counter[DropSeries] = Counter()
     for drop in stored:
         if drop.wrote is not None:
             drops[drop.project.name, drop.judgement, drop.wrote] += 1
-    return Totals(drops=drops, messages=messages, look_alikes=look_alikes, textless=textless)
+    return Totals(drops=drops)
 
 
 def _name(project: Project | None) -> str | None:

@@ -17,6 +17,7 @@ import psycopg
 import pytest
 
 from monitor import cursor
+from monitor.batch import Batch
 from monitor.cursor import Owner
 from monitor.database import Database, connect
 from monitor.demo.bridge import NORTHFIELD, SyntheticBridge
@@ -139,7 +140,7 @@ def test_former_owner_writes_nothing(database: Database, projects_file: Path, ro
     store = Store(database, held, load_projects(projects_file), check_table=check_reviews)
     rows("UPDATE wa_monitor.cursor SET epoch = epoch + 1")
     with pytest.raises(CursorLostError):
-        store.write(Place(), [], Place(rowid=9), Known())
+        store.write(Place(), Batch([]), Place(rowid=9), Known())
     with pytest.raises(CursorLostError):
         store.renew()
     assert rows("SELECT place_rowid FROM wa_monitor.cursor") == [(0,)]
@@ -153,7 +154,7 @@ def test_owner_whose_place_moved_under_it_writes_nothing(
     store = Store(database, held, load_projects(projects_file), check_table=check_reviews)
     rows("UPDATE wa_monitor.cursor SET place_rowid = 5")
     with pytest.raises(CursorLostError):
-        store.write(Place(rowid=3), [], Place(rowid=9), Known())
+        store.write(Place(rowid=3), Batch([]), Place(rowid=9), Known())
 
 
 def test_two_first_starts_at_once_migrate_once(database_url: str, rows: Rows) -> None:
