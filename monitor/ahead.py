@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 from monitor.batch import Batch
 from monitor.bridge import Bridge, Page
-from monitor.decision import Decided, Decider
+from monitor.decision import Decider
 from monitor.errors import BridgeError
 from monitor.identity import Known
 from monitor.ledger import Beginning
@@ -70,15 +70,20 @@ class Ahead:
         return self._page, self._batch
 
     def _work(self) -> Iterator[bool]:
-        try:
-            self._page = self._bridge.read_after(self._place, self._limit)
-        except BridgeError:
-            return  # The turn that wants it meets it again.
-        rows = [row for row in self._page.rows if not self._beginning.is_after(row)]
-        decided: list[Decided] = []
-        for first in range(0, len(rows), _STEP_MESSAGES):
+        reading = self._bridge.reading_after(self._place, self._limit)
+        page: Page | None = None
+        while page is None:
+            try:
+                next(reading)
+            except StopIteration as end:
+                page = end.value
+            except BridgeError:
+                return  # The turn that wants it meets it again.
             yield True
-            part = rows[first : first + _STEP_MESSAGES]
-            decided += [self._decider.decide(row, self._known) for row in part]
-        yield True
-        self._batch = Batch(decided)
+        batch = Batch()
+        for first in range(0, len(page.rows), _STEP_MESSAGES):
+            part = page.rows[first : first + _STEP_MESSAGES]
+            rows = [row for row in part if not self._beginning.is_after(row)]
+            batch.add([self._decider.decide(row, self._known) for row in rows])
+            yield True
+        self._page, self._batch = page, batch

@@ -30,7 +30,7 @@ import os
 import re
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -53,6 +53,7 @@ from monitor.messages import Message, Place, Unreadable, digest
 WHATSAPP_DB = "whatsapp.db"
 LOOK_BACK_ROWS = 500
 _PAGE_ROWS = 2000
+_STEP_ROWS = 100
 BUSY_TIMEOUT_SECONDS = 2.0
 # SQLite's own waiting grows to a tenth of a second, and misses the short gaps of a bridge that writes one
 # message after the other.
@@ -106,10 +107,26 @@ class Bridge:
 
     def read_after(self, place: Place, limit: int) -> Page:
         """Return at most `limit` rows that arrived after `place`, or say from where to read again."""
+        steps = self.reading_after(place, limit)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                page: Page = end.value
+                return page
+
+    def reading_after(self, place: Place, limit: int) -> Generator[None, None, Page]:
+        """Do what :meth:`read_after` does in small steps; the file is read in the first one."""
         file = self._messages.refresh()
         here = replace(place, file=file)
         # The row at the place itself comes along: it proves that the place is what it was.
-        rows = self._select("WHERE rowid >= ? ORDER BY rowid LIMIT ?", place.rowid, limit + 1)
+        found = self._messages.query(
+            f"{_SELECT} WHERE rowid >= ? ORDER BY rowid LIMIT ?", place.rowid, limit + 1
+        )
+        rows: list[Message | Unreadable] = []
+        for first in range(0, len(found), _STEP_ROWS):
+            yield
+            rows += map(_parse, found[first : first + _STEP_ROWS])
         rescan_from = 0 if place.file not in {"", file} else self._rescan_from(place, rows[:1])
         if rescan_from is not None:
             return Page((), here, rescan_from)

@@ -251,6 +251,11 @@ def array(values: list[Any]) -> str:
     return '{"' + _escaped(joined).replace("\0", '","') + '"}'
 
 
+def arrays_joined(literals: Sequence[str]) -> str:
+    """Return one array literal of the elements of several."""
+    return "{" + ",".join([literal[1:-1] for literal in literals]) + "}"
+
+
 def _element(value: object) -> str:
     if isinstance(value, str):
         return f'"{_escaped(value)}"'

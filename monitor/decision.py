@@ -5,7 +5,7 @@ and neither the bridge nor the database; so the relay, `explain` and `reconcile`
 same message. What is written, and whether it was written before, is the store's business.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from monitor.drops import find_drops
@@ -15,6 +15,7 @@ from monitor.projects import Project, Projects
 from monitor.settings import Settings
 
 Outcome = Literal["drops", "no_drop", "own_message", "other_chat", "disabled_project", "dead_letter"]
+_MOST_IDENTIFIED = 10_000
 MessageId = tuple[str, str]
 """Chat and key."""
 
@@ -37,6 +38,14 @@ class Decided(NamedTuple):
         return (self.message.chat_jid, self.message.key)
 
 
+@dataclass
+class _Identified:
+    """Who the senders are by one reading of the map: few people write thousands of messages."""
+
+    known: Known | None = None
+    by_sender: dict[tuple[str, str], Identity] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class Decider:
     """The projects and settings by which messages are judged."""
@@ -45,6 +54,7 @@ class Decider:
     rules: Rules
     extra_separators: bool = False
     store_own_messages: bool = False
+    _identified: _Identified = field(default_factory=_Identified, compare=False, repr=False)
 
     @classmethod
     def of(cls, settings: Settings, projects: Projects) -> "Decider":
@@ -88,6 +98,12 @@ class Decider:
 
     def _identify(self, sender: str, chat_jid: str, known: Known) -> Identity:
         """Say who it is; where own messages count, the bridge's account is a person like any other."""
-        if self.store_own_messages:
-            known = replace(known, own=frozenset())
-        return identify(sender, chat_jid, known, self.rules)
+        if known is not self._identified.known or len(self._identified.by_sender) >= _MOST_IDENTIFIED:
+            self._identified.known = known
+            self._identified.by_sender.clear()
+        identity = self._identified.by_sender.get((sender, chat_jid))
+        if identity is None:
+            people = replace(known, own=frozenset()) if self.store_own_messages else known
+            identity = identify(sender, chat_jid, people, self.rules)
+            self._identified.by_sender[sender, chat_jid] = identity
+        return identity

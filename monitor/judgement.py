@@ -47,6 +47,8 @@ def judge(
     `lid` if either column holds a LID, otherwise by `submitted_by`: `phone` if the map or the numbering plan
     knows it, `pending` or `unknown` if it is empty, `unknown` for anything else.
     """
+    if submitted_by and submitted_by == user_name and submitted_by in phones:
+        return "phone"  # Nearly always: bare digits, twice, that the map lists as a phone.
     values = [value for value in (submitted_by, user_name) if value]
     if any(_is_lid(value, lids, phones) for value in values):
         return "lid"

@@ -382,14 +382,15 @@ class Store:
         if not drops:
             return []
         columns = [_sender_columns(drop.sender) for drop in drops]
+        locals_ = [drop.message.sent_at.astimezone(self._zone) for drop in drops]
         parameters = {
             "numbers": [drop.number for drop in drops],
             "user_names": [user_name for _, user_name in columns],
             "submitted_bys": [submitted_by for submitted_by, _ in columns],
             "projects": [drop.project.name for drop in drops],
             "sent_ats": [drop.message.sent_at for drop in drops],
-            "days": [drop.message.sent_at.astimezone(self._zone).date() for drop in drops],
-            "comments": [f"Posted on WhatsApp {self._local(drop.message.sent_at)}" for drop in drops],
+            "days": [local.date() for local in locals_],
+            "comments": [f"Posted on WhatsApp {_minute(local)}" for local in locals_],
         }
         rows = {row[:2]: row[2:] for row in self._database.rows("insert_reviews", parameters)}
         return [_judged(drop, "new", rows[drop.number, drop.project.name], known) for drop in drops]
@@ -413,7 +414,7 @@ class Store:
             "submitted_by": submitted_by,
             "user_name": user_name,
             "lid": drop.sender.lid if isinstance(drop.sender, Lid) else None,
-            "note": f"Resubmitted on WhatsApp {self._local(drop.message.sent_at)}",
+            "note": f"Resubmitted on WhatsApp {_minute(drop.message.sent_at.astimezone(self._zone))}",
         }
 
     def _record_events(self, stored: Sequence[StoredDrop]) -> None:
@@ -522,9 +523,6 @@ class Store:
             return None
         return Completed(drop, phone, judgement) if rows or settled else None
 
-    def _local(self, instant: datetime) -> str:
-        return f"{instant.astimezone(self._zone):%Y-%m-%d %H:%M %Z}"
-
     def _ids(self, ids: Collection[MessageId]) -> dict[str, object]:
         return {"source": self._held.source, **ids_of(ids)}
 
@@ -532,6 +530,10 @@ class Store:
         """Name the code that decides, for whoever asks later which version stored a row."""
         owner = self._held.owner
         return {"source": self._held.source, "tree": owner.tree, "generation": owner.generation}
+
+
+def _minute(local: datetime) -> str:
+    return f"{local:%Y-%m-%d %H:%M %Z}"
 
 
 def _sender_columns(sender: Sender) -> tuple[str | None, str]:
