@@ -10,6 +10,7 @@ anything else that went wrong, with one sentence on stderr in both cases.
 """
 
 import argparse
+import gc
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -37,12 +38,18 @@ def main() -> None:
         raise SystemExit(status)
 
 
+_GC_THRESHOLDS = (50_000, 20, 100)
+"""A batch makes tens of thousands of objects and no cycles: to look for some after each 700 objects, as is
+usual, takes a tenth of the time."""
+
+
 def serve(settings: Settings) -> None:
     """Run the relay until a signal or the end of `--once`.
 
     Raises `MonitorError` for what cannot be waited out.
     """
     projects = projects_of(settings)
+    gc.set_threshold(*_GC_THRESHOLDS)
     logs.set_up(settings.log_level, full_numbers=settings.log_full_numbers, file=settings.log_file)
     metrics = MonitorMetrics()
     with (

@@ -27,6 +27,9 @@ from typing import Any
 _MOST_OBJECTS = 50_000
 """Looking at more would take longer than what is gained."""
 
+frozen_before = 0
+"""Objects that :func:`gc.freeze` had put away when the program began: they are the zygote's."""
+
 _STANDARD = frozenset({0, 1, 2})
 
 
@@ -91,6 +94,8 @@ def _is_a_letter_box(descriptor: int) -> bool:
 def _run_at_the_end() -> bool:
     """Whether some object has code that runs, or bytes that are written, when it is let go."""
     objects = gc.get_objects()
+    if gc.get_freeze_count() > frozen_before:  # The program has put some away itself.
+        return True
     if len(objects) > _MOST_OBJECTS:
         return True
     # 35,000 of them after an ordinary start: the loops are the interpreter's own.

@@ -19,6 +19,7 @@ from supervisor.child import traces
 
 gc.collect()
 gc.freeze()  # As in a forked child: what is looked at is what the program has made.
+traces.frozen_before = gc.get_freeze_count()
 ours, theirs = socket.socketpair()
 os.close(theirs.detach())
 log = os.path.join(sys.argv[1], "log")
@@ -52,6 +53,9 @@ LEFT = {
     "a lock on a log": f"{LOG}; fcntl.flock(out, fcntl.LOCK_EX)",
     "a lock on what is read": "file = open(sys.executable, 'rb'); fcntl.flock(file, fcntl.LOCK_SH)",
     "a finalizer": "class Last:\n    def __del__(self): pass\nlast = Last(); last.itself = last",
+    "a finalizer that was put away": (
+        "class Last:\n    def __del__(self): pass\nlast = Last(); last.itself = last; gc.freeze()"
+    ),
     "a generator in a try": (
         "def steps():\n    try: yield\n    finally: pass\nwaiting = steps(); next(waiting)"
     ),
