@@ -380,19 +380,19 @@ SELECT review_id, old_submitted_by, old_user_name FROM wa_monitor.repair WHERE u
 SELECT found.*
 FROM unnest(%(review_ids)s::text[], %(numbers)s::text[]) AS asked (review_id, drop_number)
 CROSS JOIN LATERAL (SELECT id::text, review.drop_number::text, coalesce(project, '')::text, submitted_by::text,
-                           user_name::text
+                           user_name::text, review.ctid::text
                     FROM public.qa_photo_reviews AS review
                     WHERE review.drop_number = asked.drop_number AND review.id::text = asked.review_id
                     OFFSET 0
                     FOR UPDATE) AS found
 
 -- name: repair_reviews
--- Two columns of rows that the batch holds locked, nothing else.
+-- Two columns of rows that the batch holds locked, nothing else. As long as they are locked they stay where they are.
 UPDATE public.qa_photo_reviews AS review
 SET submitted_by = fixed.submitted_by, user_name = fixed.user_name
-FROM unnest(%(review_ids)s::text[], %(numbers)s::text[], %(new_submitted_bys)s::text[], %(new_user_names)s::text[])
-     AS fixed (review_id, drop_number, submitted_by, user_name)
-WHERE review.drop_number = fixed.drop_number AND review.id::text = fixed.review_id
+FROM unnest(%(places)s::tid[], %(review_ids)s::text[], %(new_submitted_bys)s::text[], %(new_user_names)s::text[])
+     AS fixed (place, review_id, submitted_by, user_name)
+WHERE review.ctid = fixed.place AND review.id::text = fixed.review_id
 
 -- name: record_repairs
 INSERT INTO wa_monitor.repair (run_id, review_id, drop_number, project, old_submitted_by, new_submitted_by,

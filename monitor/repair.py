@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from monitor.census import Doubtful, doubtful_rows, lids_of
 from monitor.database import Database
@@ -42,8 +42,7 @@ Progress = Callable[[int, int], None]
 """Told after each batch how many rows were done, and of how many."""
 
 
-@dataclass(frozen=True, slots=True)
-class Repaired:
+class Repaired(NamedTuple):
     """One row: what stood in it, and what stands in it now (or would, in a dry run)."""
 
     review_id: str
@@ -53,6 +52,8 @@ class Repaired:
     new_submitted_by: str | None
     old_user_name: str | None
     new_user_name: str | None
+    place: str = ""
+    """Where the row is in the table while it is locked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,8 +207,9 @@ def _repaired(rows: Sequence[Sequence[Any]], resolve: _Resolver) -> list[Repaire
             resolve(submitted_by),
             user_name,
             resolve(user_name),
+            *place,
         )
-        for review_id, number, project, submitted_by, user_name in rows
+        for review_id, number, project, submitted_by, user_name, *place in rows
     ]
     return [
         row
@@ -220,6 +222,7 @@ def _apply(database: Database, batch: Sequence[Repaired], run_id: str) -> None:
     """Change rows which the batch has locked, and keep their old values."""
     parameters = {
         "run_id": run_id,
+        "places": [row.place for row in batch],
         "review_ids": [row.review_id for row in batch],
         "numbers": [row.drop_number for row in batch],
         "projects": [row.project for row in batch],
