@@ -127,7 +127,8 @@ class Pipeline:
         """Relative paths that are still to be read again in this round."""
         self.scanned_at: float | None = None
         self.scan_seconds = 0.0
-        """How long the last look at the whole tree took."""
+        """How long the last two looks at the whole tree took, the shorter one: a busy machine does not count."""
+        self._scan_took_seconds = math.inf
         self.trusting = False
         """The watcher hears everything: what nothing was said about has not changed."""
         self.problem: str | None = None
@@ -224,7 +225,8 @@ class Pipeline:
                 self._begin(trigger, now)
             self._unreadable, self.problem = True, str(error)
             return
-        self.scan_seconds = self._clock() - began
+        took_seconds = self._clock() - began
+        self.scan_seconds, self._scan_took_seconds = min(took_seconds, self._scan_took_seconds), took_seconds
         self.scanned_at = now
         if before is None or self._unreadable:
             self._begin(trigger, now)
