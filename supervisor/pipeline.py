@@ -127,7 +127,7 @@ class Pipeline:
         """Relative paths that are still to be read again in this round."""
         self.scanned_at: float | None = None
         self.scan_seconds = 0.0
-        """How long the last two looks at the whole tree took, the shorter one: a busy machine does not count."""
+        """The shorter time of the last two looks at the whole tree: one that was held up does not count."""
         self._scan_took_seconds = math.inf
         self.trusting = False
         """The watcher hears everything: what nothing was said about has not changed."""
