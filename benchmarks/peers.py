@@ -49,7 +49,7 @@ CALM_SECONDS = 1.5
 CHECKOUT_FILES = 300
 EDITED_AT_ONCE = 20
 IDLE_SETTLE_SECONDS = 12.0
-OUR_FACTOR = 2
+OUR_FACTOR = 6
 """Ours is saved so much more often than a peer, because a percentile of it is judged."""
 
 BACK_SECONDS = 6.0
