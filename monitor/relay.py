@@ -59,7 +59,7 @@ from monitor.store import Store, StoredDrop
 if TYPE_CHECKING:
     from monitor.wakeup import Wakeup
 
-BATCH_MESSAGES = 2000
+BATCH_MESSAGES = 3000
 # Between two looks at the bridge, with events of the files to wake us and without. The bridge is asked
 # itself, by a SELECT that costs some twenty microseconds. The files' times are no substitute: two commits
 # within one tick of the clock leave the same time, and the second would be seen late.

@@ -250,24 +250,34 @@ class Fleet:
 
     def launch(self, number: int, manifest: Manifest, manifest_file: Path) -> None:
         """Start a process; raises OSError if there can be none."""
+        self._early.clear()
         request = self._request(number, manifest, manifest_file)
-        early, self._early = self._early, []
-        child = launch.begun(request, self._zygote)
+        with self._output.attach(number) as pipes:
+            child = launch.launch(request, pipes.stdout, pipes.stderr, self._zygote, self._forerunner)
+        self._add(number, manifest, child)
+
+    def take_begun(self, number: int, manifest: Manifest, manifest_file: Path) -> bool:
+        """Take over the process that has begun with just this (:meth:`begin`), if there is one."""
+        child = launch.begun(self._request(number, manifest, manifest_file), self._zygote)
         if child is None:
-            with self._output.attach(number) as pipes:
-                child = launch.launch(request, pipes.stdout, pipes.stderr, self._zygote, self._forerunner)
-        self._lineages.add(number, child.pid)
-        self._take_in(Running(number, manifest, child, time.time(), time.monotonic()))
+            return False
+        self._add(number, manifest, child)
+        early, self._early = self._early, []
         for message in early:
             self.datagram(message)
+        return True
+
+    def _add(self, number: int, manifest: Manifest, child: Child) -> None:
+        self._lineages.add(number, child.pid)
+        self._take_in(Running(number, manifest, child, time.time(), time.monotonic()))
 
     def begin(self, number: int, manifest: Manifest, manifest_file: Path) -> None:
-        """Let a process import code that is still being judged; :meth:`launch` takes it over if it is good.
+        """Let a process import code that is still being judged; :meth:`take_begun` is for when it is good.
 
         Args:
             number: that the generation will have.
             manifest: what it will run.
-            manifest_file: the same on disk.
+            manifest_file: where it will be on disk.
         """
         if not self._zygote.waits:
             return

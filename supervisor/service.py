@@ -374,11 +374,12 @@ class Service:
         unjudged, state = self._pipeline.unjudged, self._state
         if unjudged is None:
             return
-        others = state.live is None or state.candidate is not None or state.stopping
-        if not others and self._blobs.holds(unjudged):  # Else they are kept anew when it is launched.
+        if state.live is None:
+            with contextlib.suppress(OSError):  # The start meets it again, and tells.
+                self._blobs.put_manifest(unjudged)
+        elif state.candidate is None and not state.stopping and self._blobs.holds(unjudged):
+            # Else they are kept anew when it is launched.
             self._fleet.begin(state.next_number, unjudged, self._blobs.manifest_file(unjudged))
-        with contextlib.suppress(OSError):  # The start meets it again, and tells.
-            self._blobs.put_manifest(unjudged)
 
     @property
     def _is_idle(self) -> bool:
@@ -814,8 +815,14 @@ class Service:
     def _ask_for_modules(self) -> None:
         """Ask the live generation what the next ones will need."""
         live = self.live
-        if live is not None:
-            self._fleet.ask_for_modules(live.number, self._blobs.put_manifest(live.manifest))
+        if live is None:
+            return
+        try:
+            file = self._blobs.put_manifest(live.manifest)
+        except OSError as error:
+            log.warning("the manifest of generation %d cannot be written: %s", live.number, error)
+        else:
+            self._fleet.ask_for_modules(live.number, file)
 
     def _collect_garbage(self) -> None:
         """Forget manifests and blobs that nothing needs any more."""

@@ -10,6 +10,7 @@ The main loop calls in; nothing here blocks.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import selectors
@@ -164,7 +165,9 @@ class Starter:
             log.warning("pinned sources were taken away; what is on disk is kept anew")
             self._pipeline.heal(time.monotonic())
         try:
-            self._fleet.launch(number, manifest, self._blobs.put_manifest(manifest))
+            begun = self._fleet.take_begun(number, manifest, self._blobs.manifest_file(manifest))
+            if not begun:
+                self._fleet.launch(number, manifest, self._blobs.put_manifest(manifest))
         except OSError as error:
             # To the lifecycle it is a child that ended, with its backoff.
             passing = error.errno in _PASSING_ERRORS
@@ -172,3 +175,7 @@ class Starter:
                 self._pipeline.try_again(time.monotonic())
             why = f"cannot start a process: {error}"
             self._happened(events.Exited(number, "no process", why, blameless=passing))
+            return
+        if begun:  # It was told what differs. What it starts itself reads the file, and that takes longer.
+            with contextlib.suppress(OSError):  # It is written again when it is asked for its modules.
+                self._blobs.put_manifest(manifest)

@@ -25,6 +25,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
+from monitor import relay
 from monitor.demo.bridge import EASTVALE, NORTHFIELD, SyntheticBridge
 from monitor.embedded import EmbeddedPostgres
 from monitor.judgement import PENDING_NAME, UNKNOWN_NAME
@@ -147,10 +148,11 @@ class World:
         phones = {old: of for old, of in self.reference.phones.items() if of != phone}
         self.reference.phones = {**phones, lid: phone}
 
-    def run(self, kill_at: int | None = None) -> bool:
+    def run(self, kill_at: int | None = None, batch_messages: int = relay.BATCH_MESSAGES) -> bool:
         """Run the monitor in a process of its own; return whether it came to its end."""
         pid = os.fork()
         if pid == 0:
+            relay.BATCH_MESSAGES = batch_messages
             self._in_the_child(kill_at)
         _, status = os.waitpid(pid, 0)
         if os.WIFSIGNALED(status):
@@ -269,11 +271,14 @@ def test_any_history_gives_what_the_reference_gives_however_often_the_monitor_is
             self.world.map_lid(lid, phone)
             self.ran = False
 
-        @rule(kills=st.lists(st.integers(0, 45), max_size=3))
-        def run_with_kills(self, kills: list[int]) -> None:
+        @rule(
+            kills=st.lists(st.integers(0, 45), max_size=3),
+            batch_messages=st.sampled_from([1, 2, relay.BATCH_MESSAGES]),
+        )
+        def run_with_kills(self, kills: list[int], batch_messages: int) -> None:
             for kill_at in kills:
-                self.world.run(kill_at)
-            assert self.world.run()
+                self.world.run(kill_at, batch_messages)
+            assert self.world.run(None, batch_messages)
             self.world.reference.run()
             self.ran = True
 
@@ -313,7 +318,7 @@ def test_incident_13_kill_before_any_exchange_with_the_database_loses_and_double
     while True:
         world = make_world()
         _scenario(world)
-        ended = world.run(kill_at)
+        ended = world.run(kill_at, batch_messages=chance.choice([1, 2, relay.BATCH_MESSAGES]))
         assert world.run()
         world.reference.run()
         world.check()
