@@ -32,7 +32,6 @@ import _thread
 import atexit
 import ctypes
 import faulthandler
-import gc
 import os
 import select
 import signal
@@ -271,7 +270,7 @@ def run(descriptor: int, plain_modules: frozenset[str], run_name: str) -> NoRetu
         pins = pinned.Pins.of(start["manifest"], start["blobs"])
     if start.get("unjudged") and not pins.compiles(start["changes"][0]):
         os._exit(1)  # Nothing of it has run, and nobody has counted on it.
-    traces.frozen_before = gc.get_freeze_count()
+    traces.begin()
     pinned.install(pins, plain_modules)
     spawned.install(start["manifest"], start["blobs"], run_name)
     main = ModuleType("__main__")

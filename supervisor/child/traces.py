@@ -27,10 +27,23 @@ from typing import Any
 _MOST_OBJECTS = 50_000
 """Looking at more would take longer than what is gained."""
 
-frozen_before = 0
-"""Objects that :func:`gc.freeze` had put away when the program began: they are the zygote's."""
+
+class _Witness:
+    """An object that is as old as the program: who puts away from the collector what there is, hides it, too.
+
+    (``gc.get_freeze_count`` counts one by one, some milliseconds.)
+    """
+
+
+_witness: _Witness | None = None
 
 _STANDARD = frozenset({0, 1, 2})
+
+
+def begin() -> None:
+    """Note that the program begins; what is put away from the collector later is its own doing."""
+    global _witness  # noqa: PLW0603 -- one process, one program
+    _witness = _Witness()
 
 
 def are_left(own: socket.socket) -> bool:
@@ -94,12 +107,13 @@ def _is_a_letter_box(descriptor: int) -> bool:
 def _run_at_the_end() -> bool:
     """Whether some object has code that runs, or bytes that are written, when it is let go."""
     objects = gc.get_objects()
-    if gc.get_freeze_count() > frozen_before:  # The program has put some away itself.
-        return True
     if len(objects) > _MOST_OBJECTS:
         return True
     # 35,000 of them after an ordinary start: the loops are the interpreter's own.
-    ending = {kind for kind in set(map(type, objects)) if hasattr(kind, "__del__")}
+    kinds = set(map(type, objects))
+    if _Witness not in kinds:
+        return True
+    ending = {kind for kind in kinds if hasattr(kind, "__del__")}
     files = {
         kind for kind in ending if issubclass(kind, io.IOBase)
     }  # Suspended generators are of the others.

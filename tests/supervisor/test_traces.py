@@ -19,7 +19,7 @@ from supervisor.child import traces
 
 gc.collect()
 gc.freeze()  # As in a forked child: what is looked at is what the program has made.
-traces.frozen_before = gc.get_freeze_count()
+traces.begin()
 ours, theirs = socket.socketpair()
 os.close(theirs.detach())
 log = os.path.join(sys.argv[1], "log")
