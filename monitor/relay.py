@@ -73,7 +73,7 @@ _PING_SECONDS = 1.0
 _ALARM_SECONDS = 1.0
 _USUAL_SECONDS = 600.0
 _RENEWALS_PER_LEASE = 3
-# Counting LIDs reads the whole table: on a large one it may take a part of the time, not more.
+# Counting LIDs reads the whole table: on a large one it may take a twenty-fifth of the time, not more.
 _COUNT_SHARE = 0.04
 
 
